@@ -348,6 +348,9 @@ collect_batch (struct vr_walk *w, uint64_t limit, struct vr_ship_batch *b)
 
       /* The first record of a segment brings the header along. */
       b->segment = w->seg;
+      pthread_mutex_lock (&w->log->mutex);
+      b->segment->refs++; /* the batch's reader's; the walk may move on */
+      pthread_mutex_unlock (&w->log->mutex);
       b->lsn = r->lsn == start + VR_SEGMENT_HEADER ? start : r->lsn;
       b->data = w->seg->data + (b->lsn - start);
     } else if (b->segment != w->seg) {
@@ -375,14 +378,11 @@ vr_log_ship_batch (struct vr_log *log, struct vr_ship_cursor *cursor,
 
   *ret = (struct vr_ship_batch){ .lsn = cursor->at.lsn };
   err = collect_batch (&w, ship_limit (log), ret);
-  if (err == 0) {
+  if (err == 0)
     cursor->at = w.at;
-    /* The reader of the batch holds its own reference. */
-    if (ret->segment) {
-      pthread_mutex_lock (&log->mutex);
-      ret->segment->refs++;
-      pthread_mutex_unlock (&log->mutex);
-    }
+  else if (ret->segment) {
+    vr_log_put_segment (log, ret->segment);
+    ret->segment = NULL;
   }
   cursor->segment = w.seg;
   cursor->from_file = w.from_file;
