@@ -613,7 +613,7 @@ reset_counters (struct vr_member *m)
     &m->applied_lsn,   &m->written_bytes,   &m->commits,
     &m->commit_ns,     &m->commit_time_ns,  &m->copied_bytes,
     &m->copy_bytes,    &m->capacity,        &m->reconnects,
-    &m->oldest_open_ns,
+    &m->oldest_open_ns, &m->used_bytes,     &m->uncommitted,
   };
 
   for (size_t i = 0; i < sizeof counter / sizeof counter[0]; i++)
@@ -682,22 +682,35 @@ vr_epoch_join (struct vr_epoch *e, const char *name, enum vr_member_kind kind,
   return r;
 }
 
-bool
-vr_epoch_member_alive (struct vr_epoch *e, unsigned i)
+/* Does any process own this byte?  A query does not see locks of one's own. */
+static bool
+byte_is_owned (const struct vr_epoch *e, unsigned byte)
 {
   struct flock f = {
     .l_type = F_WRLCK,
     .l_whence = SEEK_SET,
-    .l_start = VR_EPOCH_LOCK_MEMBER + i,
+    .l_start = byte,
     .l_len = 1,
   };
 
-  assert (i < VR_EPOCH_MEMBERS);
-  /* A query does not see locks of one's own. */
-  if (atomic_load_explicit (&e->slots, memory_order_relaxed) & (1u << i))
-    return true;
   return e->fd >= 0 && fcntl (e->fd, F_OFD_GETLK, &f) == 0 &&
          f.l_type != F_UNLCK;
+}
+
+bool
+vr_epoch_member_alive (struct vr_epoch *e, unsigned i)
+{
+  assert (i < VR_EPOCH_MEMBERS);
+  return (atomic_load_explicit (&e->slots, memory_order_relaxed) &
+          (1u << i)) != 0 ||
+         byte_is_owned (e, VR_EPOCH_LOCK_MEMBER + i);
+}
+
+bool
+vr_epoch_clock_alive (struct vr_epoch *e)
+{
+  return atomic_load_explicit (&e->is_clock, memory_order_relaxed) ||
+         byte_is_owned (e, VR_EPOCH_LOCK_CLOCK);
 }
 
 void

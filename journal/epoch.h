@@ -80,7 +80,11 @@ struct vr_member {
   _Atomic uint64_t oldest_open_ns;  /* 208 CLOCK_BOOTTIME of the cut of the
                                        oldest sealed, uncommitted epoch; 0:
                                        none.  Lag in seconds = now - this. */
-  uint8_t spare[40];                /* 216 must be 0 */
+  _Atomic uint64_t used_bytes;      /* 216 of capacity */
+  _Atomic uint64_t uncommitted;     /* 224 epochs sealed, not committed: numbers
+                                       jump at a restart, so their
+                                       difference would not tell */
+  uint8_t spare[24];                /* 232 must be 0 */
 };
 _Static_assert (sizeof (struct vr_member) == 256, "member slot is 256 bytes");
 
@@ -191,5 +195,8 @@ uint64_t vr_epoch_page_checksum (const struct vr_epoch_page *page);
 
 /* Is slot i held by a living process?  (By its lock, not by its pid.) */
 bool vr_epoch_member_alive (struct vr_epoch *e, unsigned i);
+
+/* The same of the clock. */
+bool vr_epoch_clock_alive (struct vr_epoch *e);
 
 #endif /* VR_EPOCH_H */

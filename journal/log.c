@@ -149,6 +149,7 @@ vr_log_info (struct vr_log *log, struct vr_log_info *ret)
     .open_epoch = log->open_epoch,
     .capacity = (log->segment_count - 1) * log->segment_size,
     .used = log->head - segment_start (log, log->tail.lsn),
+    .uncommitted = log->seal_count,
     .failed = log->failed,
   };
   pthread_mutex_unlock (&log->mutex);

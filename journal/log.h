@@ -134,6 +134,7 @@ struct vr_log_info {
   uint64_t open_epoch;   /* primary: epoch of the next record */
   uint64_t capacity;     /* bytes the journal can hold */
   uint64_t used;         /* bytes from tail to head */
+  uint64_t uncommitted;  /* seals in the log that are not committed */
   int failed;            /* the error that killed the log, or 0 */
 };
 

@@ -132,6 +132,10 @@ report (struct primary *p)
   atomic_store (&m->committed_lsn, info.committed);
   atomic_store (&m->applied_lsn, info.applied);
   atomic_store (&m->capacity, info.capacity);
+  atomic_store (&m->used_bytes, info.used);
+  atomic_store (&m->uncommitted, info.uncommitted);
+  /* Also what was committed before this process began. */
+  atomic_store (&m->committed_epoch, info.committed_epoch);
   atomic_store (&m->written_bytes, atomic_load (&p->disk->written_bytes));
 }
 
