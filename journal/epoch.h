@@ -81,8 +81,8 @@ struct vr_member {
                                        oldest sealed, uncommitted epoch; 0:
                                        none.  Lag in seconds = now - this. */
   _Atomic uint64_t used_bytes;      /* 216 of capacity */
-  _Atomic uint64_t uncommitted;     /* 224 epochs sealed, not committed: numbers
-                                       jump at a restart, so their
+  _Atomic uint64_t uncommitted;     /* 224 epochs sealed, not committed;
+                                       numbers jump at a restart, so their
                                        difference would not tell */
   uint8_t spare[24];                /* 232 must be 0 */
 };
