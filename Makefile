@@ -53,7 +53,7 @@ SAN_CFLAGS = -fsanitize=$(SAN) -fno-sanitize-recover=all \
 	-fno-omit-frame-pointer
 endif
 
-JOURNAL_LIBS := $(call pkg_libs,liburing liblz4)
+JOURNAL_LIBS := $(call pkg_libs,liburing liblz4 libxxhash)
 PLUGIN_LIBS  := $(JOURNAL_LIBS) $(call pkg_libs,libnbd)
 VMREP_LIBS   := $(JOURNAL_LIBS) $(call pkg_libs,libnbd jansson inih)
 UNIT_LIBS    := $(VMREP_LIBS) $(call pkg_libs,cmocka)

@@ -7,6 +7,8 @@
 
 #include <xxhash.h>
 
+#include "hash.h"
+
 #define CHECKSUM_AT (VR_BLOCK - sizeof (uint64_t))
 
 void
@@ -94,7 +96,7 @@ vr_segment_ok (const struct vr_segment *s, const uint8_t log_id[16],
 uint64_t
 vr_payload_hash (const void *payload, size_t n)
 {
-  return XXH3_64bits (payload, n);
+  return vr_hash64 (payload, n);
 }
 
 uint64_t

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <xxhash.h>
+#include "hash.h"
 
 /* One write to the base image: neighbours in the image go together. */
 #define RUN_MAX (1U << 20)
@@ -448,7 +448,6 @@ int
 vr_view_hash (struct vr_view *v, uint64_t i, uint8_t ret[VR_HASH_SIZE])
 {
   uint64_t offset = i * VR_HASH_CHUNK, n = VR_HASH_CHUNK;
-  XXH128_canonical_t canonical;
   void *buf;
   int err;
 
@@ -460,10 +459,8 @@ vr_view_hash (struct vr_view *v, uint64_t i, uint8_t ret[VR_HASH_SIZE])
   if (buf == NULL)
     return -ENOMEM;
   err = vr_view_read (v, buf, n, offset);
-  if (err == 0) {
-    XXH128_canonicalFromHash (&canonical, XXH3_128bits (buf, n));
-    memcpy (ret, canonical.digest, VR_HASH_SIZE);
-  }
+  if (err == 0)
+    vr_hash128 (buf, n, ret);
   free (buf);
   return err;
 }

@@ -27,10 +27,10 @@ vr_log_fail_locked (struct vr_log *log, int err)
 struct vr_segbuf *
 vr_segbuf_new (struct vr_log *log, uint64_t number)
 {
-  struct vr_segbuf *s = log->spare;
+  struct vr_segbuf *s;
 
-  if (s)
-    log->spare = NULL;
+  if (log->spares > 0)
+    s = log->spare[--log->spares];
   else {
     s = malloc (sizeof *s);
     if (s == NULL)
@@ -54,8 +54,8 @@ vr_segbuf_put_locked (struct vr_log *log, struct vr_segbuf *s)
   assert (s->refs > 0);
   if (--s->refs > 0 || s->cached)
     return;
-  if (log->spare == NULL)
-    log->spare = s;
+  if (log->spares < VR_LOG_SPARES)
+    log->spare[log->spares++] = s;
   else {
     free (s->data);
     free (s);

@@ -13,6 +13,8 @@
 
 #include "log.h"
 
+#define VR_LOG_SPARES 4
+
 struct vr_log {
   struct vr_io *io;
   struct vr_file *file;
@@ -63,7 +65,9 @@ struct vr_log {
   /* Segments in memory. */
   unsigned cache_slots;
   struct vr_segbuf **cache; /* [number % cache_slots] */
-  struct vr_segbuf *spare;  /* one kept for reuse */
+  struct vr_segbuf *spare[VR_LOG_SPARES]; /* kept for reuse: fresh memory
+                                             costs a page fault per page */
+  unsigned spares;
 };
 
 static inline uint64_t

@@ -418,9 +418,11 @@ vr_log_close (struct vr_log *log)
       free (log->cache[i]->data);
       free (log->cache[i]);
     }
-  if (log->spare) {
-    free (log->spare->data);
-    free (log->spare);
+  while (log->spares > 0) {
+    struct vr_segbuf *s = log->spare[--log->spares];
+
+    free (s->data);
+    free (s);
   }
   vr_close (log->file);
   pthread_cond_destroy (&log->changed);
