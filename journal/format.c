@@ -36,6 +36,17 @@ power_of_two (uint64_t n)
 }
 
 static bool
+all_zero (const void *p, size_t n)
+{
+  const uint8_t *byte = p;
+
+  for (size_t i = 0; i < n; i++)
+    if (byte[i] != 0)
+      return false;
+  return true;
+}
+
+static bool
 terminated (const char name[VR_NAME_SIZE])
 {
   return memchr (name, 0, VR_NAME_SIZE) != NULL;
@@ -50,6 +61,7 @@ positions_possible (const struct vr_super *s)
          && s->committed_lsn < VR_LSN_MAX
          && s->applied_epoch <= s->committed_epoch
          && s->committed_epoch < s->epoch_limit
+         && s->epoch_limit < 2 * VR_EPOCH_MAX
          && s->applied_lsn % VR_RECORD_ALIGN == 0
          && s->committed_lsn % VR_RECORD_ALIGN == 0;
 }
@@ -68,7 +80,8 @@ vr_super_check (const struct vr_super *s)
       || s->segment_count < VR_SEGMENTS_MIN
       || s->segment_count > VR_SEGMENTS_MAX
       || s->disk_size >= VR_LSN_MAX || !positions_possible (s)
-      || !terminated (s->vm) || !terminated (s->disk))
+      || !terminated (s->vm) || !terminated (s->disk) || s->copied != 0
+      || !all_zero (s->reserved, sizeof s->reserved))
     return -EUCLEAN;
   return 0;
 }
@@ -83,12 +96,10 @@ bool
 vr_segment_ok (const struct vr_segment *s, const uint8_t log_id[16],
                uint64_t lsn)
 {
-  static const uint8_t zeros[sizeof s->reserved];
-
   return memcmp (s->magic, VR_SEGMENT_MAGIC, 8) == 0
          && s->version == VR_VERSION && s->reserved0 == 0
          && memcmp (s->log_id, log_id, 16) == 0 && s->lsn == lsn
-         && memcmp (s->reserved, zeros, sizeof zeros) == 0
+         && all_zero (s->reserved, sizeof s->reserved)
          && s->checksum
                 == XXH3_64bits (s, offsetof (struct vr_segment, checksum));
 }
@@ -146,6 +157,8 @@ vr_record_problem (const struct vr_record *r, uint64_t lsn,
     return "record of another position";
   if (r->flags & ~VR_RECORD_FLAGS)
     return "unknown record flag";
+  if (r->epoch >= VR_EPOCH_MAX)
+    return "impossible epoch";
   if (r->kind != VR_PAD && r->payload_size > VR_PAYLOAD_MAX)
     return "payload too large";
   if (vr_record_size (r->payload_size) > segment_end - lsn)

@@ -105,6 +105,9 @@
    2^63. */
 #define VR_LSN_MAX (UINT64_C (1) << 62)
 
+/* Epochs and generations stay below, so that sums with them never wrap. */
+#define VR_EPOCH_MAX (UINT64_C (1) << 62)
+
 /* ---- Superblock --------------------------------------------------------- */
 
 enum {

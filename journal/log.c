@@ -686,7 +686,7 @@ vr_log_new_segment (struct vr_log *log, struct vr_mark *ret)
 int
 vr_log_start_primary (struct vr_log *log, struct vr_epoch *epoch)
 {
-  uint64_t version, in_segment;
+  uint64_t version;
 
   pthread_mutex_lock (&log->mutex);
   log->epoch = epoch;
@@ -694,22 +694,7 @@ vr_log_start_primary (struct vr_log *log, struct vr_epoch *epoch)
   log->super.epoch_limit = vr_epoch_current (epoch) + EPOCH_CLAIM;
   log->super.flags &= ~(uint32_t) VR_LOG_CLEAN;
   version = ++log->super_version;
-  in_segment = log->head % log->segment_size;
-  if (in_segment == VR_SEGMENT_HEADER) {
-    /* A segment without a record: start it again, with a fresh salt.  Its
-       header tells the chain value before it. */
-    struct vr_segment header;
-
-    memcpy (&header, log->tip->data, sizeof header);
-    log->head -= VR_SEGMENT_HEADER;
-    log->head_chain = header.prev_chain;
-    log->written = log->written < log->head ? log->written : log->head;
-    log->durable = log->durable < log->head ? log->durable : log->head;
-    vr_segbuf_put_locked (log, log->tip);
-    log->tip = NULL;
-    uncache_locked (log, segment_number (log, log->head) % log->cache_slots);
-  } else
-    log->force_new_segment = in_segment != 0;
+  log->force_new_segment = log->head % log->segment_size != 0;
   pthread_mutex_unlock (&log->mutex);
   return vr_log_sync_super (log, version);
 }

@@ -101,6 +101,7 @@ vr_walk_step (struct vr_walk *w, uint64_t limit, const struct vr_record **r,
   const struct vr_log *log = w->log;
   const struct vr_record *found = NULL;
   const char *problem = NULL;
+  const struct vr_mark before = w->at;
   int err;
 
   w->problem = NULL;
@@ -126,9 +127,12 @@ vr_walk_step (struct vr_walk *w, uint64_t limit, const struct vr_record **r,
       w->problem = problem ? problem : "no segment follows";
       return 0;
     }
-    found = record_here (w);
-    if (found == NULL)
+    if (w->at.lsn < limit)
+      found = record_here (w);
+    if (found == NULL) {
+      w->at = before; /* a header alone is no step */
       return 0;
+    }
   }
   *r = found;
   *payload = (const uint8_t *) (found + 1);
