@@ -18,8 +18,11 @@
 #include <nbdkit-plugin.h>
 
 /* The guest's own writes go first: the copy waits while this share of the
-   journal is used. */
+   journal is used.  But not for ever: a guest that never pauses shall have a
+   backup too.  Each piece waits at most so long. */
 #define JOURNAL_SHARE 4
+#define GIVE_WAY_STEPS 10
+#define GIVE_WAY_STEP_US 2000
 
 /* Wait for a connection that needs a copy; its round, or 0 when stopping. */
 static uint64_t
@@ -54,12 +57,12 @@ give_way (struct primary *p, uint64_t round)
 {
   struct vr_log_info info;
 
-  for (;;) {
+  for (unsigned i = 0; i < GIVE_WAY_STEPS; i++) {
     vr_log_info (p->log, &info);
     if (info.used < info.capacity / JOURNAL_SHARE
         || !still_wanted (p, round))
       return;
-    usleep (2000);
+    usleep (GIVE_WAY_STEP_US);
   }
 }
 
