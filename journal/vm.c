@@ -15,6 +15,9 @@
 /* Segments kept in memory per log. */
 #define CACHE_SEGMENTS 8
 
+/* A log is recycled once this share of its journal is applied. */
+#define CHECKPOINT_SHARE 8
+
 /* Log bytes that may wait in memory before they are written to the file. */
 #define WRITE_OUT_BYTES (UINT64_C (2) << 20)
 
@@ -992,6 +995,17 @@ vr_vm_apply (struct vr_vm *vm, uint64_t max_bytes, uint64_t *ret_bytes)
   return err;
 }
 
+/* So much is applied that recycling it pays, before the writer has to wait
+   for it. */
+static bool
+journal_needs_space (struct vr_vm_member *m)
+{
+  struct vr_log_info info;
+
+  vr_log_info (m->log, &info);
+  return m->img.dirty_bytes >= info.capacity / CHECKPOINT_SHARE;
+}
+
 int
 vr_vm_checkpoint (struct vr_vm *vm, uint64_t min_bytes)
 {
@@ -1000,7 +1014,7 @@ vr_vm_checkpoint (struct vr_vm *vm, uint64_t min_bytes)
 
   pthread_mutex_lock (&vm->apply);
   for (size_t i = 0; (m = member_at (vm, i)) != NULL && err == 0; i++)
-    if (m->img.dirty_bytes >= min_bytes)
+    if (m->img.dirty_bytes >= min_bytes || journal_needs_space (m))
       err = vr_image_checkpoint (&m->img);
   pthread_mutex_unlock (&vm->apply);
   return err;

@@ -131,7 +131,8 @@ uint64_t vr_vm_wait_committed (struct vr_vm *vm, uint64_t epoch,
    *ret_bytes: of all. */
 int vr_vm_apply (struct vr_vm *vm, uint64_t max_bytes, uint64_t *ret_bytes);
 
-/* Sync images and recycle logs where at least min_bytes were applied. */
+/* Sync images and recycle logs where at least min_bytes or a good part of the
+   journal were applied. */
 int vr_vm_checkpoint (struct vr_vm *vm, uint64_t min_bytes);
 
 /* Make the images the disks at the committed epoch and stop accepting log.
