@@ -12,8 +12,9 @@
 
 /* ---- Writing bytes of the log to the file ------------------------------- */
 
-/* The part of [from, to) that lies in from's segment, as a place in memory.
-   *ret_next is where the log goes on. */
+/* The part of [from, to) that lies in from's segment, as a place in memory;
+   NULL if there is nothing left of it to write.  *ret_next is where the log
+   goes on. */
 static struct vr_segbuf *
 locate (struct vr_log *log, uint64_t from, uint64_t to, uint64_t *ret_end,
         uint64_t *ret_next)
@@ -23,9 +24,10 @@ locate (struct vr_log *log, uint64_t from, uint64_t to, uint64_t *ret_end,
 
   pthread_mutex_lock (&log->mutex);
   s = vr_segbuf_get_locked (log, segment_number (log, from));
-  /* Unwritten bytes never leave the cache. */
-  assert (s != NULL);
-  *ret_end = s->used < to ? s->used : to;
+  /* Unwritten bytes never leave the cache; but a segment that ended early may
+     be written to its end, and gone, while `written` still points there. */
+  assert (s != NULL || from == log->written);
+  *ret_end = s && s->used < to ? s->used : to;
   *ret_next = segment_end <= to ? segment_end : to;
   pthread_mutex_unlock (&log->mutex);
   return s;
@@ -69,9 +71,10 @@ write_range (struct vr_log *log, uint64_t from, uint64_t to)
     int err = 0;
 
     s = locate (log, from, to, &end, &next);
-    if (end > from)
+    if (s && end > from)
       err = write_segment (log, s, from, end);
-    vr_log_put_segment (log, s);
+    if (s)
+      vr_log_put_segment (log, s);
     if (err < 0)
       return err;
     from = next;
