@@ -277,6 +277,7 @@ apply_all (void *opaque)
   uint64_t busy_ns = vr_now_ns (io);
 
   (void) opaque;
+  pthread_setname_np (pthread_self (), "vmrep-apply");
   while (!atomic_load (&stopping)) {
     bool idle = vr_now_ns (io) - busy_ns > CHECKPOINT_IDLE_NS;
     uint64_t bytes = 0;

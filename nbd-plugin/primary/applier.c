@@ -56,6 +56,7 @@ primary_applier (void *opaque)
   uint64_t idle_since = vr_now_ns (p->disk->io);
   int err = 0;
 
+  pthread_setname_np (pthread_self (), "vmrep-apply");
   while (err == 0 && !atomic_load (&p->stopping)) {
     event_wait (p->apply_event, 200);
     if (!atomic_load (&p->stopping))

@@ -144,6 +144,7 @@ primary_clock (void *opaque)
 {
   struct primary *p = opaque;
 
+  pthread_setname_np (pthread_self (), "vmrep-clock");
   while (!atomic_load (&p->stopping)) {
     uint32_t word = vr_epoch_word (p->epoch);
     uint64_t open = vr_epoch_current (p->epoch);

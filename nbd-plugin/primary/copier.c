@@ -112,6 +112,7 @@ primary_copier (void *opaque)
   void *buf = malloc (VR_PAYLOAD_MAX);
   uint64_t round = 0;
 
+  pthread_setname_np (pthread_self (), "vmrep-copy");
   while (buf && (round = wait_for_work (p, round)) != 0) {
     int err = copy_disk (p, buf, round);
 

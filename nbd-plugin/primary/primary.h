@@ -7,6 +7,7 @@
  *   link.c     the connection: libnbd with deadlines
  *   applier.c  thread: committed epochs onto the base image
  *   copier.c   thread: the initial copy for a new backup
+ *   window.c   how far the guest may run ahead of the backup
  *
  * The threads share struct primary.  What has no lock of its own (the log,
  * the disk, the epoch counter have) is atomic or guarded by `mutex`.
@@ -54,6 +55,9 @@ struct primary {
   pthread_cond_t committed_changed;
   uint64_t committed_epoch;
 
+  _Atomic uint64_t window;        /* bytes that may be uncommitted */
+  _Atomic uint64_t committed_lsn;
+
   int ship_event;  /* eventfd: something to ship */
   int apply_event; /* eventfd: something to apply */
   atomic_bool ship_now; /* a waiter wants even a small batch out */
@@ -97,6 +101,17 @@ void primary_ship (struct primary *p, bool now);
 
 void *primary_applier (void *opaque);
 void *primary_copier (void *opaque);
+
+/* ---- window.c ------------------------------------------------------------ */
+
+void window_init (struct primary *p);
+
+/* A commit came latency_ns after its cut. */
+void window_committed (struct primary *p, uint64_t latency_ns);
+
+/* Before a write of the guest: wait until the window is open.  0 or
+   -ESHUTDOWN. */
+int window_enter (struct primary *p);
 
 /* ---- helpers ------------------------------------------------------------ */
 

@@ -88,8 +88,12 @@ set_state (struct primary *p, enum vr_member_state state)
 void
 primary_committed (struct primary *p, uint64_t epoch)
 {
+  struct vr_mark mark;
+
   if (vr_log_commit (p->log, epoch) < 0)
     return; /* the log is dead; every request says so */
+  vr_log_committed_mark (p->log, &mark);
+  atomic_store (&p->committed_lsn, mark.lsn);
   pthread_mutex_lock (&p->mutex);
   if (epoch > p->committed_epoch)
     p->committed_epoch = epoch;
@@ -152,6 +156,7 @@ on_answer (void *opaque, int *error)
     if (w->sealed_epoch) {
       atomic_fetch_add (&p->slot->commits, 1);
       atomic_store (&p->slot->commit_ns, s->progress_ns - w->cut_ns);
+      window_committed (p, s->progress_ns - w->cut_ns);
       primary_committed (p, w->sealed_epoch);
     }
   }
@@ -450,6 +455,7 @@ primary_shipper (void *opaque)
   struct shipper s = { .p = p };
   int backoff_ms = BACKOFF_MIN_MS;
 
+  pthread_setname_np (pthread_self (), "vmrep-ship");
   while (!atomic_load (&p->stopping) && !atomic_load (&p->fenced)) {
     set_state (p, VR_STATE_CONNECTING);
     if (converse (&s))

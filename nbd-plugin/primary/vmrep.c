@@ -425,6 +425,7 @@ vmrep_after_fork (void)
   pthread_condattr_setclock (&attr, CLOCK_MONOTONIC);
   pthread_cond_init (&p->committed_changed, &attr);
   pthread_condattr_destroy (&attr);
+  window_init (p);
   p->ship_event = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
   p->apply_event = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (p->ship_event < 0 || p->apply_event < 0) {
@@ -749,11 +750,15 @@ static int
 vmrep_pwrite (void *handle, const void *buf, uint32_t count, uint64_t offset,
               uint32_t flags)
 {
+  int err;
+
   (void) handle;
   if (check_serving () < 0)
     return -1;
-  return after_write (vr_disk_write (primary.disk, buf, count, offset), flags,
-                      "write");
+  err = window_enter (&primary);
+  if (err == 0)
+    err = vr_disk_write (primary.disk, buf, count, offset);
+  return after_write (err, flags, "write");
 }
 
 static int
