@@ -32,8 +32,8 @@ plot_all = "plot \
   1 lc rgb '#333333' dt 2 title 'nbdkit file', \
   data index 0 using ($1-0.45):5:(0.9):(0) with vectors nohead lw 4 \
     lc rgb '#d0342c' title 'to reach', \
-  data index 0 using 1:2:3:4 with yerrorbars pt 7 ps 0 lw 1.5 \
-    lc rgb '#222222' title 'min..max', \
+  data index 0 using 1:3:(0):($4-$3) with vectors heads size 0.12,90 lw 1.5 \
+    lc rgb '#222222' title 'min to max', \
   data index 0 using 1:(label_at($4, $5)):(sprintf('%.2f', $2)) with labels \
     offset 0,0.8 notitle, \
   data index 1 using 1:(0):2 with labels offset 0,-3.9 notitle"
