@@ -286,6 +286,8 @@ open_members (struct vr_vm *vm)
       return err;
     if (err < 0)
       return 0;
+    if (m->sealed_epoch < vm->page.member[i].sealed_epoch)
+      m->sealed_epoch = vm->page.member[i].sealed_epoch;
   }
   return 0;
 }
@@ -687,8 +689,10 @@ create_member (struct vr_vm *vm, const char *disk, const struct vr_hello *h,
     return -ENOMEM;
   err = open_member (m, refused);
   if (err == 0) {
-    /* A new member must not hold back what is committed already. */
+    /* A new member must not hold back what is committed already, now or
+       after a restart. */
     m->sealed_epoch = vm->committed_epoch;
+    slot->sealed_epoch = vm->committed_epoch;
     snprintf (slot->name, sizeof slot->name, "%s", disk);
     slot->kind = VR_MEMBER_DISK;
     memcpy (vm->page.vm_id, h->vm_id, 16);
