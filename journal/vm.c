@@ -245,7 +245,17 @@ vr_vm_find (struct vr_vm *vm, const char *disk)
   return found;
 }
 
-/* Recompute the commit from the members' durable seals.  vm->mutex held. */
+static int
+commit_logs_locked (struct vr_vm *vm, uint64_t epoch)
+{
+  int err = 0;
+
+  for (size_t i = 0; i < vm->member_count && err == 0; i++)
+    err = vr_log_commit (vm->members[i]->log, epoch);
+  return err;
+}
+
+/* Recompute the commit from the members' seals.  vm->mutex held. */
 static int
 commit_locked (struct vr_vm *vm)
 {
@@ -257,12 +267,42 @@ commit_locked (struct vr_vm *vm)
       epoch = vm->members[i]->sealed_epoch;
   if (vm->member_count == 0 || epoch <= vm->committed_epoch)
     return 0;
-  for (size_t i = 0; i < vm->member_count && err == 0; i++)
-    err = vr_log_commit (vm->members[i]->log, epoch);
+  if (!vm->sync_memory)
+    err = commit_logs_locked (vm, epoch);
   if (err == 0) {
     vm->committed_epoch = epoch;
     pthread_cond_broadcast (&vm->committed_changed);
   }
+  return err;
+}
+
+/* With sync=memory an epoch is committed for its primary before it is durable
+   here.  The images and commit points follow when it is durable in every log,
+   so that after a power failure they still agree on one epoch, if an older
+   one.  vm->apply held, or nobody else there yet. */
+static int
+harden (struct vr_vm *vm)
+{
+  uint64_t epoch;
+  size_t count;
+  int err = 0;
+
+  if (!vm->sync_memory)
+    return 0;
+  pthread_mutex_lock (&vm->mutex);
+  epoch = vm->committed_epoch;
+  count = vm->member_count;
+  pthread_mutex_unlock (&vm->mutex);
+  for (size_t i = 0; i < count && err == 0; i++) {
+    struct vr_log_info info;
+
+    vr_log_info (vm->members[i]->log, &info);
+    err = vr_log_sync (vm->members[i]->log, info.sealed_lsn);
+  }
+  pthread_mutex_lock (&vm->mutex);
+  if (err == 0)
+    err = commit_logs_locked (vm, epoch);
+  pthread_mutex_unlock (&vm->mutex);
   return err;
 }
 
@@ -351,6 +391,8 @@ load_vm (struct vr_vm *vm, bool create, char *message, size_t size)
     pthread_mutex_lock (&vm->mutex);
     err = commit_locked (vm);
     pthread_mutex_unlock (&vm->mutex);
+    if (err == 0)
+      err = harden (vm);
   }
   if (err < 0)
     snprintf (message, size, "%s: %s", vm->dir, strerror (-err));
@@ -989,6 +1031,7 @@ vr_vm_apply (struct vr_vm *vm, uint64_t max_bytes, uint64_t *ret_bytes)
 
   *ret_bytes = 0;
   pthread_mutex_lock (&vm->apply);
+  err = harden (vm);
   for (size_t i = 0; (m = member_at (vm, i)) != NULL && err == 0; i++) {
     uint64_t n = 0;
 
@@ -1086,6 +1129,8 @@ vr_vm_promote (struct vr_vm *vm, struct vr_refused *refused)
   vm->page.generation++;
   vm->page.committed_epoch = vm->committed_epoch;
   err = write_page (vm);
+  if (err == 0)
+    err = harden (vm);
   for (size_t i = 0; i < vm->member_count && err == 0; i++)
     err = promote_member (vm->members[i]);
   if (err < 0)
