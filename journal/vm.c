@@ -869,12 +869,15 @@ vr_vm_hello (struct vr_vm *vm, const char *disk, const struct vr_hello *hello,
 int
 vr_vm_copied (struct vr_vm_member *m, uint64_t session)
 {
-  int err = -ESHUTDOWN;
+  int err;
 
+  pthread_mutex_lock (&m->vm->apply);
   pthread_mutex_lock (&m->order);
-  if (m->session == session)
+  err = m->session == session ? harden (m->vm) : -ESHUTDOWN;
+  if (err == 0)
     err = vr_log_set_flags (m->log, 0, VR_LOG_COPYING);
   pthread_mutex_unlock (&m->order);
+  pthread_mutex_unlock (&m->vm->apply);
   return err;
 }
 
