@@ -280,6 +280,10 @@ void vr_log_tail_mark (struct vr_log *log, struct vr_mark *ret);
 void vr_log_applied_mark (struct vr_log *log, struct vr_mark *ret);
 void vr_log_committed_mark (struct vr_log *log, struct vr_mark *ret);
 
+/* The start of the first segment kept.  A log that begins there holds all that
+   the base image may lack, and perhaps some that it has. */
+int vr_log_first_segment (struct vr_log *log, struct vr_mark *ret);
+
 /* Reference to the segment that holds lsn if it is in memory, else NULL. */
 struct vr_segbuf *vr_log_get_segment (struct vr_log *log, uint64_t lsn);
 void vr_log_put_segment (struct vr_log *log, struct vr_segbuf *s);

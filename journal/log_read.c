@@ -260,6 +260,21 @@ walk_from_segment_start (struct vr_log *log, uint64_t lsn, struct vr_walk *w)
 }
 
 int
+vr_log_first_segment (struct vr_log *log, struct vr_mark *ret)
+{
+  struct vr_mark tail;
+  struct vr_walk w;
+  int err;
+
+  vr_log_tail_mark (log, &tail);
+  err = walk_from_segment_start (log, segment_start (log, tail.lsn), &w);
+  if (err == 0)
+    *ret = w.at;
+  vr_walk_end (&w);
+  return err;
+}
+
+int
 vr_log_chain_at (struct vr_log *log, uint64_t lsn, uint64_t *ret_chain)
 {
   struct vr_walk w = { .log = log };

@@ -143,8 +143,12 @@ vr_ship_hello (struct vr_log *log, struct vr_ship_plan *plan,
   struct vr_log_info info;
   int err = 0;
 
-  if (plan->plan == VR_PLAN_CREATE)
+  if (plan->plan == VR_PLAN_CREATE) {
     err = vr_log_new_segment (log, &plan->start);
+    /* Full while there was no backup: only shipping it all makes space. */
+    if (err == -EAGAIN)
+      err = vr_log_first_segment (log, &plan->start);
+  }
   if (err < 0)
     return err;
   vr_log_info (log, &info);

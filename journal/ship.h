@@ -35,9 +35,9 @@ struct vr_ship_plan {
 int vr_ship_plan (struct vr_log *log, const struct vr_status *status,
                   struct vr_ship_plan *ret);
 
-/* The hello that carries a plan out.  For CREATE this moves the log to a new
- * segment and sets plan->start (-EAGAIN: the journal is full).  session is
- * random, not 0. */
+/* The hello that carries a plan out.  For CREATE this sets plan->start: the
+ * log moves to a new segment, or if it is full, all of it is shipped.  session
+ * is random, not 0. */
 int vr_ship_hello (struct vr_log *log, struct vr_ship_plan *plan,
                    const char *node, uint64_t session, struct vr_hello *ret);
 
