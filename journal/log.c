@@ -948,6 +948,52 @@ rewind_seals_locked (struct vr_log *log, uint64_t lsn)
   log->open_epoch = log->sealed_epoch;
 }
 
+/* The log may go on in a new segment; then nothing is written over what lies
+   at lsn.  Left as it was it would still be valid there, and lead recovery
+   astray.  The caller is the writer; durable with the next sync, before which
+   no commit depends on it. */
+static int
+erase_record (struct vr_log *log, struct vr_segbuf *s, uint64_t lsn)
+{
+  uint64_t in_segment = lsn % log->segment_size;
+  uint64_t block = align_down (in_segment, VR_BLOCK);
+
+  memset (s->data + in_segment, 0, block + VR_BLOCK - in_segment);
+  return vr_write (log->file, s->data + block, VR_BLOCK,
+                   slot_offset (log, s->number) + block);
+}
+
+/* Have the log end at lsn, in segment s (NULL: at a segment's start), whose
+   reference is taken over.  Mutex held at entry and exit. */
+static int
+truncate_locked (struct vr_log *log, struct vr_segbuf *s, uint64_t lsn,
+                 uint64_t chain)
+{
+  int err = 0;
+
+  drop_behind_locked (log, lsn);
+  log->written = log->written < lsn ? log->written : lsn;
+  log->durable = log->durable < lsn ? log->durable : lsn;
+  log->head = lsn;
+  log->head_chain = chain;
+  rewind_seals_locked (log, lsn);
+  if (s == NULL)
+    return 0;
+  s->used = lsn;
+  log->tip = s;
+  if (!s->cached)
+    err = vr_segbuf_cache_locked (log, s);
+  if (err == 0) {
+    log->writer_busy = true;
+    pthread_mutex_unlock (&log->mutex);
+    err = erase_record (log, s, lsn);
+    pthread_mutex_lock (&log->mutex);
+    log->writer_busy = false;
+    pthread_cond_broadcast (&log->changed);
+  }
+  return err < 0 ? vr_log_fail_locked (log, err) : 0;
+}
+
 int
 vr_log_truncate (struct vr_log *log, uint64_t lsn, uint64_t chain)
 {
@@ -972,20 +1018,9 @@ vr_log_truncate (struct vr_log *log, uint64_t lsn, uint64_t chain)
     pthread_cond_wait (&log->changed, &log->mutex);
   if (lsn < log->super.committed_lsn || lsn > log->head)
     err = -ERANGE;
-  if (err == 0) {
-    drop_behind_locked (log, lsn);
-    log->written = log->written < lsn ? log->written : lsn;
-    log->durable = log->durable < lsn ? log->durable : lsn;
-    log->head = lsn;
-    log->head_chain = chain;
-    rewind_seals_locked (log, lsn);
-    if (s) {
-      s->used = lsn;
-      if (!s->cached)
-        err = vr_segbuf_cache_locked (log, s);
-      log->tip = s;
-      s = NULL;
-    }
+  else if (lsn < log->head) {
+    err = truncate_locked (log, s, lsn, chain);
+    s = NULL;
   }
   if (s)
     vr_segbuf_put_locked (log, s);

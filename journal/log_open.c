@@ -305,6 +305,10 @@ load_tip (struct vr_log *log)
   err = vr_segbuf_load (log, segment_number (log, log->head), &s);
   if (err < 0)
     return err;
+  /* In memory payloads are not checked again: a torn record that recovery
+     has just cut off would pass for a good one. */
+  memset (s->data + log->head % log->segment_size, 0,
+          log->segment_size - log->head % log->segment_size);
   s->used = log->head;
   log->tip = s;
   return vr_segbuf_cache_locked (log, s);
