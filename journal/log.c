@@ -274,19 +274,25 @@ segment_free (const struct vr_log *log, uint64_t n, bool for_seal)
   return for_seal ? n < limit : n + 1 < limit;
 }
 
-/* Leave the tip; what remains of its last block is zeroed, so that no bytes
-   of an older use reach the file. */
+/* Leave the tip.  Behind its last record comes at least an empty header: what
+   an older use or a truncated history left in the file must not go on from
+   here.  But a block that was durable when the log was opened is not written
+   again; nothing valid followed it then. */
 static void
 leave_tip_locked (struct vr_log *log)
 {
   struct vr_segbuf *s = log->tip;
-  uint64_t in_segment;
+  uint64_t in_segment, end;
 
   if (s == NULL)
     return;
   in_segment = s->used - s->number * log->segment_size;
-  memset (s->data + in_segment, 0,
-          align_up (in_segment, VR_BLOCK) - in_segment);
+  end = align_up (in_segment + VR_RECORD_HEADER, VR_BLOCK);
+  if (end > log->segment_size)
+    end = log->segment_size;
+  memset (s->data + in_segment, 0, end - in_segment);
+  if (!log->force_new_segment)
+    s->used = s->number * log->segment_size + end;
   log->tip = NULL;
   vr_segbuf_put_locked (log, s);
 }
