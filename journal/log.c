@@ -447,15 +447,22 @@ seal_locked (struct vr_log *log, uint64_t next)
 }
 
 /* Follow the shared counter.  The seal goes in under the same mutex that
-   every append takes, before the first record of the new epoch. */
+   every append takes, before the first record of the new epoch.  If we are
+   late, there must also be a seal right behind our last record: what is
+   committed may be any epoch since then that the other members have sealed,
+   and this log must be able to stop there. */
 static int
 follow_epoch_locked (struct vr_log *log)
 {
   uint64_t now = vr_epoch_current (log->epoch);
+  int err = 0;
 
   if (now <= log->open_epoch)
     return 0;
-  return seal_locked (log, now);
+  if (now > log->open_epoch + 1 && log->open_epoch > log->sealed_epoch
+      && log->head != log->sealed_lsn)
+    err = seal_locked (log, log->open_epoch + 1);
+  return err < 0 ? err : seal_locked (log, now);
 }
 
 /* How much of a write fits: all that is left, or what fits the record, cut
