@@ -255,21 +255,24 @@ commit_logs_locked (struct vr_vm *vm, uint64_t epoch)
   return err;
 }
 
-/* Recompute the commit from the members' seals.  vm->mutex held. */
+/* Recompute the commit from the members' seals.  A member that joined late may
+   still be sealing epochs that are committed.  vm->mutex held. */
 static int
 commit_locked (struct vr_vm *vm)
 {
   uint64_t epoch = UINT64_MAX;
   int err = 0;
 
+  if (vm->member_count == 0)
+    return 0;
   for (size_t i = 0; i < vm->member_count; i++)
     if (vm->members[i]->sealed_epoch < epoch)
       epoch = vm->members[i]->sealed_epoch;
-  if (vm->member_count == 0 || epoch <= vm->committed_epoch)
-    return 0;
+  if (epoch < vm->committed_epoch)
+    epoch = vm->committed_epoch;
   if (!vm->sync_memory)
     err = commit_logs_locked (vm, epoch);
-  if (err == 0) {
+  if (err == 0 && epoch > vm->committed_epoch) {
     vm->committed_epoch = epoch;
     pthread_cond_broadcast (&vm->committed_changed);
   }
