@@ -147,14 +147,23 @@ read_page (struct vr_vm *vm)
 /* ---- Members ------------------------------------------------------------ */
 
 static void
-free_member (struct vr_vm_member *m)
+close_member (struct vr_vm_member *m)
 {
-  if (m == NULL)
-    return;
   if (m->img.batch)
     vr_image_destroy (&m->img);
   vr_log_close (m->log);
   vr_close (m->base);
+  m->log = NULL;
+  m->base = NULL;
+  m->img.batch = NULL;
+}
+
+static void
+free_member (struct vr_vm_member *m)
+{
+  if (m == NULL)
+    return;
+  close_member (m);
   pthread_cond_destroy (&m->moved);
   pthread_mutex_destroy (&m->order);
   free (m);
@@ -658,7 +667,7 @@ create_image (struct vr_vm *vm, const char *path, uint64_t size)
   return err;
 }
 
-/* Journal and image for a log that begins at h->lsn. */
+/* Under temporary names: an image, and a journal that begins at h->lsn. */
 static int
 create_files (struct vr_vm *vm, const char *disk, const struct vr_hello *h,
               struct vr_refused *refused)
@@ -669,28 +678,63 @@ create_files (struct vr_vm *vm, const char *disk, const struct vr_hello *h,
     .start = { h->lsn, h->chain }, .generation = h->generation,
     .epoch_limit = 1, .flags = VR_LOG_BACKUP | VR_LOG_COPYING,
   };
-  char *image = path_of (vm->dir, disk, ".img");
-  char *journal = path_of (vm->dir, disk, ".journal");
+  char *image = path_of (vm->dir, disk, ".img.new");
+  char *journal = path_of (vm->dir, disk, ".journal.next");
   int err = image && journal ? 0 : -ENOMEM;
 
   memcpy (c.vm_id, h->vm_id, 16);
   memcpy (c.log_id, h->log_id, 16);
   if (err == 0) {
     vm->io->ops->unlink (vm->io, journal);
-    err = create_image (vm, image, h->disk_size);
+    err = vr_log_create (vm->io, journal, &c);
   }
   if (err == 0)
-    err = vr_log_create (vm->io, journal, &c);
+    err = create_image (vm, image, h->disk_size);
+  if (err < 0 && image && journal) {
+    vm->io->ops->unlink (vm->io, image);
+    vm->io->ops->unlink (vm->io, journal);
+  }
   if (err == -EUCLEAN || err == -EPROTO)
     err = refuse (refused, VR_REFUSED_FORMAT, -EINVAL,
                   "hello with an impossible geometry");
-  else if (err < 0) {
-    refuse (refused, VR_REFUSED_IO, err, "%s: %s", journal,
-            strerror (-err));
-    vm->io->ops->unlink (vm->io, image);
-  }
+  else if (err < 0)
+    refuse (refused, VR_REFUSED_IO, err, "%s/%s: cannot create: %s", vm->dir,
+            disk, strerror (-err));
   free (image);
   free (journal);
+  return err;
+}
+
+static int
+rename_file (struct vr_vm *vm, const char *disk, const char *from_suffix,
+             const char *to_suffix)
+{
+  char *from = path_of (vm->dir, disk, from_suffix);
+  char *to = path_of (vm->dir, disk, to_suffix);
+  int err = from && to ? 0 : -ENOMEM;
+
+  if (err == 0)
+    err = vm->io->ops->rename (vm->io, from, to);
+  if (err == 0)
+    err = vm->io->ops->sync_dir (vm->io, vm->dir);
+  free (from);
+  free (to);
+  return err;
+}
+
+/* Give the new files their names.  The empty image comes first: under an old
+   journal, which says that its copy is not finished, it does no harm; an old
+   image under the new journal would, as zeros are not copied. */
+static int
+install_files (struct vr_vm *vm, const char *disk, struct vr_refused *refused)
+{
+  int err = rename_file (vm, disk, ".img.new", ".img");
+
+  if (err == 0)
+    err = rename_file (vm, disk, ".journal.next", ".journal");
+  if (err < 0)
+    refuse (refused, VR_REFUSED_IO, err, "%s/%s: %s", vm->dir, disk,
+            strerror (-err));
   return err;
 }
 
@@ -727,6 +771,8 @@ create_member (struct vr_vm *vm, const char *disk, const struct vr_hello *h,
     return refuse (refused, VR_REFUSED_FORMAT, -EINVAL,
                    "a new log must begin at a segment");
   err = create_files (vm, disk, h, refused);
+  if (err == 0)
+    err = install_files (vm, disk, refused);
   if (err < 0)
     return err;
   m = new_member (vm, disk);
@@ -777,18 +823,26 @@ recreate_member (struct vr_vm_member *m, const struct vr_hello *h,
   if (h->lsn == 0 || h->lsn % (h->segment_size ? h->segment_size : 1) != 0)
     return refuse (refused, VR_REFUSED_FORMAT, -EINVAL,
                    "a new log must begin at a segment");
-  vr_image_destroy (&m->img);
-  vr_log_close (m->log);
-  vr_close (m->base);
-  m->log = NULL;
-  m->base = NULL;
-  m->img.batch = NULL;
   err = create_files (vm, m->name, h, refused);
+  if (err == 0) {
+    page_slot (vm, m->name)->sealed_epoch = vm->committed_epoch;
+    err = write_page (vm);
+    if (err < 0)
+      refuse (refused, VR_REFUSED_IO, err, "%s/epoch: %s", vm->dir,
+              strerror (-err));
+  }
+  if (err < 0)
+    return err; /* what was there is as it was */
+  close_member (m);
+  err = install_files (vm, m->name, refused);
   if (err == 0)
     err = open_member (m, refused);
-  if (err < 0)
-    vm->damaged = *refused;
   m->sealed_epoch = vm->committed_epoch;
+  if (err < 0) {
+    close_member (m);
+    m->session = 0;
+    vm->damaged = *refused;
+  }
   return err;
 }
 
