@@ -441,10 +441,11 @@ vr_epoch_page (struct vr_epoch *e)
 /* Whoever sees the new word in vr_epoch_word (acquire) sees what was stored
    before this (release). */
 static void
-bump (struct vr_epoch *e)
+bump (struct vr_epoch *e, unsigned what)
 {
   atomic_fetch_add_explicit (&e->page->word, 1, memory_order_release);
-  syscall (SYS_futex, &e->page->word, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
+  syscall (SYS_futex, &e->page->word, FUTEX_WAKE_BITSET, INT32_MAX, NULL,
+           NULL, what);
 }
 
 /* False if it was at least n already.  The release pairs with the acquire of
@@ -472,7 +473,7 @@ void
 vr_epoch_raise (struct vr_epoch *e, uint64_t n)
 {
   if (raise_to (&e->page->open_epoch, n))
-    bump (e);
+    bump (e, VR_WAKE_CUT);
 }
 
 bool
@@ -498,7 +499,7 @@ vr_epoch_cut (struct vr_epoch *e, uint64_t n, uint64_t now_ns)
     return false;
   }
   atomic_store_explicit (&page->cut_time_ns, now_ns, memory_order_relaxed);
-  bump (e);
+  bump (e, VR_WAKE_CUT);
   return true;
 }
 
@@ -506,7 +507,7 @@ void
 vr_epoch_request_cut (struct vr_epoch *e, uint64_t n)
 {
   if (raise_to (&e->page->cut_request, n))
-    bump (e);
+    bump (e, VR_WAKE_REQUEST);
 }
 
 void
@@ -521,7 +522,7 @@ void
 vr_epoch_set_committed (struct vr_epoch *e, uint64_t n)
 {
   if (raise_to (&e->page->committed_epoch, n))
-    bump (e);
+    bump (e, VR_WAKE_COMMIT);
 }
 
 uint32_t
@@ -532,7 +533,8 @@ vr_epoch_word (struct vr_epoch *e)
 }
 
 void
-vr_epoch_wait (struct vr_epoch *e, uint32_t seen, uint64_t timeout_ns)
+vr_epoch_wait (struct vr_epoch *e, uint32_t seen, uint64_t timeout_ns,
+               unsigned what)
 {
   struct timespec until;
   uint64_t ns;
@@ -545,7 +547,7 @@ vr_epoch_wait (struct vr_epoch *e, uint32_t seen, uint64_t timeout_ns)
   while (vr_epoch_word (e) == seen) {
     /* The BITSET variant takes an absolute time (CLOCK_MONOTONIC). */
     long r = syscall (SYS_futex, &e->page->word, FUTEX_WAIT_BITSET, seen,
-                      &until, NULL, FUTEX_BITSET_MATCH_ANY);
+                      &until, NULL, what);
 
     if (r < 0 && errno != EINTR && errno != EAGAIN)
       break;

@@ -168,9 +168,18 @@ void vr_epoch_mark_dirty (struct vr_epoch *e);
 /* Raise the committed epoch to at least n, and wake waiters. */
 void vr_epoch_set_committed (struct vr_epoch *e, uint64_t n);
 
-/* Wait until word differs from seen, or timeout_ns passed. */
+/* Wait until word differs from seen, or timeout_ns passed.  Only events in
+   the mask `what` end a sleep early: the clock need not be woken by its own
+   cuts and commits, which at a flush=remote load are thousands a second. */
+enum {
+  VR_WAKE_CUT = 1,
+  VR_WAKE_REQUEST = 2,
+  VR_WAKE_COMMIT = 4,
+  VR_WAKE_ANY = 7,
+};
 uint32_t vr_epoch_word (struct vr_epoch *e);
-void vr_epoch_wait (struct vr_epoch *e, uint32_t seen, uint64_t timeout_ns);
+void vr_epoch_wait (struct vr_epoch *e, uint32_t seen, uint64_t timeout_ns,
+                    unsigned what);
 
 /* Become the clock if nobody is; true if this handle is the clock now.  Cheap
    when it already is. */

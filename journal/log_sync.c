@@ -10,7 +10,58 @@
 #define WRITE_PIECE (1U << 20)
 #define WRITE_PIECES 32
 
-/* ---- Writing bytes of the log to the file ------------------------------- */
+/* ---- Writing bytes of the log to the file -------------------------------- */
+
+/* Pieces of one write_batch, with the segments that hold their bytes.  All of
+   a sync, its superblock too, is usually in flight at once. */
+struct pieces {
+  struct vr_log *log;
+  struct iovec iov[WRITE_PIECES];
+  struct vr_io_write write[WRITE_PIECES];
+  struct vr_segbuf *segment[WRITE_PIECES];
+  size_t count;
+};
+
+static int
+flush_pieces (struct pieces *p)
+{
+  struct vr_log *log = p->log;
+  int err = 0;
+
+  if (p->count > 0)
+    err = log->io->ops->write_batch (log->file, p->write, p->count);
+  for (size_t i = 0; i < p->count; i++)
+    if (p->segment[i])
+      vr_log_put_segment (log, p->segment[i]);
+  p->count = 0;
+  return err;
+}
+
+/* Write what is left; after a failure only let go of it. */
+static int
+finish_pieces (struct pieces *p, int err)
+{
+  if (err == 0)
+    return flush_pieces (p);
+  for (size_t i = 0; i < p->count; i++)
+    if (p->segment[i])
+      vr_log_put_segment (p->log, p->segment[i]);
+  return err;
+}
+
+/* Takes over the reference to s (may be NULL), also on failure. */
+static int
+add_piece (struct pieces *p, struct vr_segbuf *s, const void *data, size_t n,
+           uint64_t file_offset)
+{
+  int err = p->count == WRITE_PIECES ? flush_pieces (p) : 0;
+  size_t i = p->count++;
+
+  p->iov[i] = (struct iovec){ (void *) data, n };
+  p->write[i] = (struct vr_io_write){ &p->iov[i], 1, file_offset };
+  p->segment[i] = s;
+  return err;
+}
 
 /* The part of [from, to) that lies in from's segment, as a place in memory;
    NULL if there is nothing left of it to write.  *ret_next is where the log
@@ -33,53 +84,46 @@ locate (struct vr_log *log, uint64_t from, uint64_t to, uint64_t *ret_end,
   return s;
 }
 
-/* Write [from, to) within one segment, rounded out to whole blocks. */
+/* Add [from, to) of one segment, rounded out to whole blocks. */
 static int
-write_segment (struct vr_log *log, const struct vr_segbuf *s, uint64_t from,
-               uint64_t to)
+add_segment (struct pieces *p, struct vr_segbuf *s, uint64_t from,
+             uint64_t to)
 {
-  uint64_t base = s->number * log->segment_size;
+  uint64_t base = s->number * p->log->segment_size;
   uint64_t at = align_down (from, VR_BLOCK) - base;
   uint64_t end = align_up (to, VR_BLOCK) - base;
-  struct iovec iov[WRITE_PIECES];
-  struct vr_io_write w[WRITE_PIECES];
   int err = 0;
 
   while (err == 0 && at < end) {
-    size_t n = 0;
+    uint64_t size = end - at < WRITE_PIECE ? end - at : WRITE_PIECE;
 
-    for (; n < WRITE_PIECES && at < end; n++) {
-      uint64_t size = end - at < WRITE_PIECE ? end - at : WRITE_PIECE;
-
-      iov[n] = (struct iovec){ s->data + at, size };
-      w[n] = (struct vr_io_write){ &iov[n], 1,
-                                   slot_offset (log, s->number) + at };
-      at += size;
-    }
-    err = log->io->ops->write_batch (log->file, w, n);
+    pthread_mutex_lock (&p->log->mutex);
+    s->refs++;
+    pthread_mutex_unlock (&p->log->mutex);
+    err = add_piece (p, s, s->data + at, size,
+                     slot_offset (p->log, s->number) + at);
+    at += size;
   }
   return err;
 }
 
-/* Write everything in [log->written, to).  The caller is the writer. */
+/* Add everything in [from, to). */
 static int
-write_range (struct vr_log *log, uint64_t from, uint64_t to)
+add_range (struct pieces *p, uint64_t from, uint64_t to)
 {
-  while (from < to) {
-    uint64_t end, next;
-    struct vr_segbuf *s;
-    int err = 0;
+  int err = 0;
 
-    s = locate (log, from, to, &end, &next);
+  while (err == 0 && from < to) {
+    uint64_t end, next;
+    struct vr_segbuf *s = locate (p->log, from, to, &end, &next);
+
     if (s && end > from)
-      err = write_segment (log, s, from, end);
+      err = add_segment (p, s, from, end);
     if (s)
-      vr_log_put_segment (log, s);
-    if (err < 0)
-      return err;
+      vr_log_put_segment (p->log, s);
     from = next;
   }
-  return 0;
+  return err;
 }
 
 static void
@@ -111,6 +155,7 @@ write_out_target (const struct vr_log *log)
 int
 vr_log_write_out (struct vr_log *log, uint64_t min_bytes)
 {
+  struct pieces pieces = { .log = log };
   uint64_t from, to;
   int err;
 
@@ -134,7 +179,7 @@ vr_log_write_out (struct vr_log *log, uint64_t min_bytes)
   pthread_mutex_unlock (&log->mutex);
 
   if (err == 0)
-    err = write_range (log, from, to);
+    err = finish_pieces (&pieces, add_range (&pieces, from, to));
 
   pthread_mutex_lock (&log->mutex);
   if (err == 0)
@@ -152,7 +197,7 @@ vr_log_write_out (struct vr_log *log, uint64_t min_bytes)
 struct round {
   uint64_t from, to;
   uint64_t super_version; /* 0: the superblock stays as it is */
-  struct vr_super super;
+  _Alignas (VR_BLOCK) struct vr_super super;
 };
 
 /* Decide what to sync: on a primary everything up to head, padded; on a
@@ -180,29 +225,24 @@ plan_round_locked (struct vr_log *log, struct round *round)
 
 /* The two superblocks take turns, so one valid one always remains. */
 static int
-write_super (struct vr_log *log, struct vr_super *super)
+add_super (struct pieces *p, struct vr_super *super)
 {
   vr_block_seal (super);
-  return vr_write (log->file, super, sizeof *super,
-                   super->sequence % 2 ? VR_SUPER_B : VR_SUPER_A);
+  return add_piece (p, NULL, super, sizeof *super,
+                    super->sequence % 2 ? VR_SUPER_B : VR_SUPER_A);
 }
 
-/* direct I/O wants the block aligned. */
+/* Records and superblock need no order between them: the superblock speaks
+   only of what earlier rounds made durable. */
 static int
-write_super_aligned (struct vr_log *log, const struct vr_super *super)
+perform_round (struct vr_log *log, struct round *round)
 {
-  _Alignas (VR_BLOCK) struct vr_super copy = *super;
-
-  return write_super (log, &copy);
-}
-
-static int
-perform_round (struct vr_log *log, const struct round *round)
-{
-  int err = write_range (log, round->from, round->to);
+  struct pieces pieces = { .log = log };
+  int err = add_range (&pieces, round->from, round->to);
 
   if (err == 0 && round->super_version)
-    err = write_super_aligned (log, &round->super);
+    err = add_super (&pieces, &round->super);
+  err = finish_pieces (&pieces, err);
   if (err == 0)
     err = vr_sync (log->file);
   return err;
@@ -253,19 +293,21 @@ lead_round_locked (struct vr_log *log)
 static int
 sync_until (struct vr_log *log, uint64_t lsn, uint64_t version)
 {
-  int err;
+  int err = 0;
 
   pthread_mutex_lock (&log->mutex);
   if (log->sync_wanted < lsn)
     log->sync_wanted = lsn;
-  while (log->failed == 0
+  while (err == 0 && log->failed == 0
          && (log->durable < lsn || log->super_synced < version)) {
-    if (log->writer_busy)
+    if (lsn > log->head)
+      err = -ESTALE; /* truncated meanwhile */
+    else if (log->writer_busy)
       pthread_cond_wait (&log->changed, &log->mutex);
     else
       lead_round_locked (log);
   }
-  err = log->failed;
+  err = log->failed ? log->failed : err;
   pthread_mutex_unlock (&log->mutex);
   return err;
 }

@@ -149,15 +149,17 @@ primary_clock (void *opaque)
     uint32_t word = vr_epoch_word (p->epoch);
     uint64_t open = vr_epoch_current (p->epoch);
     uint64_t wait_ns = p->config.interval_ns;
+    bool clock = vr_epoch_try_clock (p->epoch);
 
-    if (vr_epoch_try_clock (p->epoch) && cut_is_due (p, open, &wait_ns)) {
+    if (clock && cut_is_due (p, open, &wait_ns)) {
       vr_epoch_cut (p->epoch, open, now_ns (p));
       wait_ns = p->config.interval_ns;
       word = vr_epoch_word (p->epoch);
     }
     seal_and_sync (p);
     report (p);
-    vr_epoch_wait (p->epoch, word, wait_ns);
+    vr_epoch_wait (p->epoch, word, wait_ns,
+                   clock ? VR_WAKE_REQUEST : VR_WAKE_CUT);
   }
   return NULL;
 }

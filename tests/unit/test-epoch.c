@@ -409,7 +409,7 @@ check_woken (struct vr_epoch *e)
   uint32_t word = vr_epoch_word (e);
   struct child c = spawn (cutter);
 
-  vr_epoch_wait (e, word, 30 * SECOND);
+  vr_epoch_wait (e, word, 30 * SECOND, VR_WAKE_ANY);
   assert_true (now_ns () - begin < 20 * SECOND);
   assert_int_not_equal (vr_epoch_word (e), word);
   assert_int_equal (vr_epoch_current (e), 2);
@@ -450,11 +450,11 @@ test_timeout (void **state)
   uint64_t begin = now_ns (), passed;
 
   (void) state;
-  vr_epoch_wait (e, vr_epoch_word (e), SECOND / 20);
+  vr_epoch_wait (e, vr_epoch_word (e), SECOND / 20, VR_WAKE_ANY);
   passed = now_ns () - begin;
   assert_true (passed >= SECOND / 20);
-  vr_epoch_wait (e, vr_epoch_word (e), 0);
-  vr_epoch_wait (e, vr_epoch_word (e) - 1, UINT64_MAX);
+  vr_epoch_wait (e, vr_epoch_word (e), 0, VR_WAKE_ANY);
+  vr_epoch_wait (e, vr_epoch_word (e) - 1, UINT64_MAX, VR_WAKE_ANY);
   vr_epoch_close (e);
 }
 
