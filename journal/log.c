@@ -642,15 +642,16 @@ vr_log_wait_space (struct vr_log *log, uint64_t timeout_ns)
 int
 vr_log_seal (struct vr_log *log, uint64_t *ret_lsn)
 {
-  uint64_t before;
   int err;
 
   for (;;) {
     pthread_mutex_lock (&log->mutex);
-    before = log->sealed_lsn;
     err = log->failed ? log->failed : follow_epoch_locked (log);
-    *ret_lsn = log->sealed_lsn != before ? log->sealed_lsn : 0;
+    *ret_lsn = log->sealed_lsn > log->durable ? log->sealed_lsn : 0;
     pthread_mutex_unlock (&log->mutex);
+    /* Full, but a commit of what is sealed will make space. */
+    if (err == -EAGAIN && *ret_lsn)
+      return 0;
     if (err != -EINPROGRESS)
       return err;
     err = vr_log_write_out (log, 0);

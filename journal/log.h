@@ -174,8 +174,10 @@ void vr_log_publish (struct vr_log *log, struct vr_reservation *r);
 void vr_log_wait_space (struct vr_log *log, uint64_t timeout_ns);
 
 /* If the shared counter is beyond the log's open epoch, append the seal for
- * all epochs before it, padded to a sync boundary.  *ret_lsn is then the
- * LSN behind it, else 0.  -EAGAIN if the journal is full. */
+ * all epochs before it, padded to a sync boundary.  *ret_lsn is the LSN behind
+ * the newest seal that waits for a sync, whoever put it there (a write that
+ * came first may have); 0 if none.  -EAGAIN if the journal is full and
+ * nothing waits. */
 int vr_log_seal (struct vr_log *log, uint64_t *ret_lsn);
 
 /* Have the next record be the first of a segment; *ret is the segment's
