@@ -344,6 +344,31 @@ open_members (struct vr_vm *vm)
   return 0;
 }
 
+/* What one log says is committed, every log had durably sealed.  One that has
+   not any more lost it to damage: its own commit point may lag behind. */
+static void
+compare_commit_points (struct vr_vm *vm)
+{
+  uint64_t committed = 0;
+
+  for (size_t i = 0; i < vm->member_count; i++) {
+    struct vr_log_info info;
+
+    vr_log_info (vm->members[i]->log, &info);
+    if (committed < info.super.committed_epoch)
+      committed = info.super.committed_epoch;
+  }
+  for (size_t i = 0; i < vm->member_count; i++) {
+    const struct vr_vm_member *m = vm->members[i];
+
+    if (m->sealed_epoch < committed)
+      refuse (&vm->damaged, VR_REFUSED_DAMAGE, -EUCLEAN,
+              "%s: ends at epoch %llu, but epoch %llu was committed",
+              vr_log_path (m->log), (unsigned long long) m->sealed_epoch,
+              (unsigned long long) committed);
+  }
+}
+
 /* The lock outlives every other file of the VM. */
 static int
 lock_vm (struct vr_vm *vm, bool create, char *message, size_t size)
@@ -399,6 +424,8 @@ load_vm (struct vr_vm *vm, bool create, char *message, size_t size)
   }
   if (err == 0 && vm->damaged.code == 0)
     err = open_members (vm);
+  if (err == 0 && vm->damaged.code == 0)
+    compare_commit_points (vm);
   if (err == 0 && vm->damaged.code == 0) {
     pthread_mutex_lock (&vm->mutex);
     err = commit_locked (vm);
