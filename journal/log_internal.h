@@ -51,6 +51,8 @@ struct vr_log {
   struct vr_super super;
   uint64_t super_version;
   uint64_t super_synced;
+  uint64_t super_wanted; /* somebody waits for this version */
+  uint64_t super_written_ns;
 
   /* Seals behind the commit point, oldest first. */
   struct vr_seal *seals;

@@ -10,6 +10,9 @@
 #define WRITE_PIECE (1U << 20)
 #define WRITE_PIECES 32
 
+/* The superblock follows commits at most this often. */
+#define SUPER_INTERVAL_NS UINT64_C (20000000)
+
 /* ---- Writing bytes of the log to the file -------------------------------- */
 
 /* Pieces of one write_batch, with the segments that hold their bytes.  All of
@@ -200,6 +203,17 @@ struct round {
   _Alignas (VR_BLOCK) struct vr_super super;
 };
 
+/* The commit point may lag: what lies behind it is found by walking.  So at a
+   high rate of syncs not each one takes the superblock along. */
+static bool
+super_is_due (const struct vr_log *log)
+{
+  if (log->super_version == log->super_synced)
+    return false;
+  return log->super_wanted > log->super_synced
+         || vr_now_ns (log->io) - log->super_written_ns >= SUPER_INTERVAL_NS;
+}
+
 /* Decide what to sync: on a primary everything up to head, padded; on a
    backup, whose bytes the primary decides, what was asked for. */
 static void
@@ -216,7 +230,8 @@ plan_round_locked (struct vr_log *log, struct round *round)
   while (complete_lsn (log) < round->to && log->failed == 0)
     pthread_cond_wait (&log->changed, &log->mutex);
   round->super_version = 0;
-  if (log->super_version > log->super_synced) {
+  if (super_is_due (log)) {
+    log->super_written_ns = vr_now_ns (log->io);
     log->super.sequence++;
     round->super_version = log->super_version;
     round->super = log->super;
@@ -298,6 +313,8 @@ sync_until (struct vr_log *log, uint64_t lsn, uint64_t version)
   pthread_mutex_lock (&log->mutex);
   if (log->sync_wanted < lsn)
     log->sync_wanted = lsn;
+  if (log->super_wanted < version)
+    log->super_wanted = version;
   while (err == 0 && log->failed == 0
          && (log->durable < lsn || log->super_synced < version)) {
     if (lsn > log->head)
