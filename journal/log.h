@@ -13,8 +13,6 @@
  *   applied    the base image holds everything before it (image.h moves it)
  *   tail       the base image holds it durably; slots before it are free
  *
- * (With sync=memory a backup's committed may pass its durable.)
- *
  * A primary appends with vr_log_reserve / vr_log_publish; reserving takes the
  * epoch from the shared counter under the log's mutex, and seals the old
  * epoch in the log when the counter moved on.  A backup appends the very
@@ -224,7 +222,8 @@ int vr_log_sync (struct vr_log *log, uint64_t lsn);
 int vr_log_write_out (struct vr_log *log, uint64_t min_bytes);
 
 /* Epochs <= epoch are committed: move the commit point to the last seal <=
- * epoch.  The superblock follows with the next sync.  Never goes back. */
+ * epoch, which must be durable.  The superblock follows with the next sync.
+ * Never goes back. */
 int vr_log_commit (struct vr_log *log, uint64_t epoch);
 
 /* The seals not yet committed, oldest first: the first one at or behind lsn.

@@ -39,6 +39,21 @@ agrees (struct vr_log *log, uint64_t lsn, uint64_t chain)
   return err < 0 ? err : here == chain;
 }
 
+/* The newest seal behind our commit point that the backup holds, up to LSN
+   held, and has committed.  What is committed there may be beyond what this
+   log's copy has, when it is a late member of its VM. */
+static uint64_t
+committed_seal (struct vr_log *log, uint64_t committed_epoch, uint64_t held)
+{
+  struct vr_seal s = { 0 };
+  uint64_t epoch = 0;
+
+  while (vr_log_next_seal (log, s.lsn + 1, &s) && s.lsn <= held
+         && s.epoch <= committed_epoch)
+    epoch = s.epoch;
+  return epoch;
+}
+
 /* Both have logs of one stream: find where they part. */
 static int
 plan_resume (struct vr_log *log, const struct vr_log_info *info,
@@ -110,6 +125,7 @@ vr_ship_plan (struct vr_log *log, const struct vr_status *st,
               struct vr_ship_plan *p)
 {
   struct vr_log_info info;
+  int err;
 
   *p = (struct vr_ship_plan){ 0 };
   if (!vr_block_ok (st, VR_STATUS_MAGIC))
@@ -133,7 +149,13 @@ vr_ship_plan (struct vr_log *log, const struct vr_status *st,
                    (unsigned long long) st->committed_epoch, info.super.vm,
                    info.super.disk);
   }
-  return plan_resume (log, &info, st, p);
+  err = plan_resume (log, &info, st, p);
+  if (err == 0 && (p->plan == VR_PLAN_RESUME || p->plan == VR_PLAN_COPY))
+    p->committed_epoch
+        = committed_seal (log, st->committed_epoch,
+                          p->start.lsn < info.durable ? p->start.lsn
+                                                      : info.durable);
+  return err;
 }
 
 int

@@ -27,6 +27,9 @@ enum vr_plan {
 struct vr_ship_plan {
   enum vr_plan plan;
   struct vr_mark start; /* CREATE, RESUME, COPY: where to ship from */
+  uint64_t committed_epoch; /* RESUME, COPY: the newest of our uncommitted
+                               epochs that the backup holds and has
+                               committed; 0: none */
   char why[512];        /* FENCED, REFUSED: for the user */
 };
 

@@ -39,6 +39,9 @@
    for other members of the VM, but then every one of them does. */
 #define PROGRESS_NS UINT64_C (5000000000)
 
+/* How often to ask for commits nobody tells about. */
+#define ASK_NS UINT64_C (100000000)
+
 struct shipper {
   struct primary *p;
   struct link link;
@@ -47,6 +50,7 @@ struct shipper {
   unsigned writes, seals; /* in flight */
   int failed;             /* errno of a write that the backup refused */
   uint64_t progress_ns;   /* last answer, or last time nothing was owed */
+  uint64_t asked_ns;      /* when ask_committed last did */
   char said[600];         /* last message, so as not to repeat it */
   bool was_connected;
   bool probing; /* only looking, before anything runs */
@@ -346,10 +350,32 @@ make_plan (struct shipper *s, struct vr_ship_plan *plan)
     return -EPERM;
   }
   /* What the backup committed while we did not hear of it. */
-  if (!s->probing && plan->plan != VR_PLAN_CREATE
-      && status.committed_lsn <= plan->start.lsn)
-    primary_committed (s->p, status.committed_epoch);
+  if (!s->probing && plan->committed_epoch)
+    primary_committed (s->p, plan->committed_epoch);
   return 0;
+}
+
+/* Seals that an earlier connection sent are answered by nobody once other
+   members let them commit.  With none of our own under way, look. */
+static int
+ask_committed (struct shipper *s)
+{
+  struct vr_status status;
+  struct vr_ship_plan plan;
+  struct vr_seal seal;
+  int err;
+
+  if (s->seals > 0 || now_ns () - s->asked_ns < ASK_NS
+      || !vr_log_next_seal (s->p->log, 0, &seal)
+      || seal.lsn > s->cursor.at.lsn)
+    return 0;
+  s->asked_ns = now_ns ();
+  err = link_read_status (&s->link, &status);
+  if (err == 0)
+    err = vr_ship_plan (s->p->log, &status, &plan);
+  if (err == 0 && plan.committed_epoch)
+    primary_committed (s->p, plan.committed_epoch);
+  return err;
 }
 
 static int
@@ -387,6 +413,8 @@ ship (struct shipper *s)
     event_wait (p->ship_event, 0);
     if (err == 0 && s->failed)
       err = -s->failed;
+    if (err == 0)
+      err = ask_committed (s);
     if (err == 0 && copy_committed (p))
       err = finish_copy (s);
     if (s->writes == s->seals)
