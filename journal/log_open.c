@@ -217,20 +217,26 @@ file_offset (const struct vr_log *log, uint64_t lsn)
 struct recovery {
   struct vr_walk walk;
   struct vr_seal open_seal; /* seen, its padding not yet */
+  struct vr_mark before_seal;
+  uint64_t epoch_before_seal;
   bool committed_seen;
 };
 
-/* A record behind the commit point, or a seal's padding. */
+/* A record behind the commit point, or a seal's padding.  *before is where
+   the walk was. */
 static int
 note_record (struct vr_log *log, struct recovery *rec,
-             const struct vr_record *r)
+             const struct vr_record *r, const struct vr_mark *before)
 {
   const struct vr_mark *at = &rec->walk.at;
 
-  log->open_epoch = r->epoch;
-  if (r->kind == VR_SEAL)
+  if (r->kind == VR_SEAL) {
     rec->open_seal = (struct vr_seal){ .epoch = r->epoch, .start = r->lsn,
                                        .time = r->offset };
+    rec->before_seal = *before;
+    rec->epoch_before_seal = log->open_epoch;
+  }
+  log->open_epoch = r->epoch;
   if (rec->open_seal.epoch == 0 || at->lsn % VR_BLOCK != 0)
     return 0;
   rec->open_seal.lsn = at->lsn;
@@ -256,20 +262,36 @@ check_commit_point (struct vr_log *log, struct recovery *rec)
     rec->committed_seen = true;
 }
 
+/* The log ends here.  A seal whose padding was lost is no seal, and cut off
+   too; *ret_erase if its header must not be found again. */
+static void
+end_log (struct vr_log *log, struct recovery *rec, bool *ret_erase)
+{
+  if (rec->open_seal.epoch) {
+    *ret_erase = rec->before_seal.lsn == rec->open_seal.start;
+    rec->walk.at = rec->before_seal;
+    log->open_epoch = rec->epoch_before_seal;
+  }
+  log->head = rec->walk.at.lsn;
+  log->head_chain = rec->walk.at.chain;
+}
+
 /* Walk from the applied mark to the end of what is valid. */
 static int
-recover (struct vr_log *log, struct vr_log_problem *problem)
+recover (struct vr_log *log, struct vr_log_problem *problem, bool *ret_erase)
 {
   struct recovery rec = { .walk = { .log = log, .at = log->applied } };
   const struct vr_record *r;
   const uint8_t *payload;
+  struct vr_mark before = log->applied;
   int err;
 
   check_commit_point (log, &rec);
   while ((err = vr_walk_step (&rec.walk, VR_LSN_MAX, &r, &payload)) == 1) {
-    err = note_record (log, &rec, r);
+    err = note_record (log, &rec, r, &before);
     if (err < 0)
       break;
+    before = rec.walk.at;
     check_commit_point (log, &rec);
     if (!rec.committed_seen && rec.walk.at.lsn > log->super.committed_lsn)
       break;
@@ -286,8 +308,7 @@ recover (struct vr_log *log, struct vr_log_problem *problem)
                       (unsigned long long) log->super.committed_lsn);
   if (err == 0 || err == 1) {
     err = 0;
-    log->head = rec.walk.at.lsn;
-    log->head_chain = rec.walk.at.chain;
+    end_log (log, &rec, ret_erase);
   }
   vr_walk_end (&rec.walk);
   return err;
@@ -312,6 +333,17 @@ load_tip (struct vr_log *log)
   s->used = log->head;
   log->tip = s;
   return vr_segbuf_cache_locked (log, s);
+}
+
+/* Take what was cut off at head out of the file.  Nobody was promised what
+   shares the block with it: before a promise the log is padded. */
+static int
+erase_at_head (struct vr_log *log)
+{
+  uint64_t block = align_down (log->head % log->segment_size, VR_BLOCK);
+
+  return vr_write (log->file, log->tip->data + block, VR_BLOCK,
+                   slot_offset (log, log->tip->number) + block);
 }
 
 static int
@@ -355,6 +387,7 @@ adopt_super (struct vr_log *log)
   log->open_epoch = s->committed_epoch;
   log->sealed_epoch = s->committed_epoch;
   log->sealed_lsn = s->committed_lsn;
+  log->recorded = s->committed_lsn;
 }
 
 static int
@@ -379,6 +412,7 @@ vr_log_open (struct vr_io *io, const char *path,
   int flags = (o->read_only ? VR_OPEN_READ_ONLY : 0)
               | (o->direct ? VR_OPEN_DIRECT : 0);
   struct vr_log *log;
+  bool erase = false;
   int err;
 
   *problem = (struct vr_log_problem){ 0 };
@@ -396,14 +430,16 @@ vr_log_open (struct vr_io *io, const char *path,
     err = check_file_size (log, problem);
   }
   if (err == 0)
-    err = recover (log, problem);
-  /* What a killed process wrote is in the file but maybe only in memory. */
-  if (err == 0 && !o->read_only)
-    err = vr_sync (log->file);
+    err = recover (log, problem, &erase);
   if (err == 0) {
     log->written = log->durable = log->head;
     err = load_tip (log);
   }
+  if (err == 0 && erase && !o->read_only)
+    err = erase_at_head (log);
+  /* What a killed process wrote is in the file but maybe only in memory. */
+  if (err == 0 && !o->read_only)
+    err = vr_sync (log->file);
   if (err < 0) {
     vr_log_close (log);
     return err;
