@@ -105,7 +105,8 @@ struct vr_io_ops {
                     uint64_t *ret_end);
 
   /* Exclusive advisory lock over the whole file, held until close or death;
-     a forked child that has the file open holds it too.  -EAGAIN and
+     a forked child that has the file open holds it too.  Waits a little for
+     what a dead process still has in the kernel.  -EAGAIN and
      *ret_owner if another open file holds it, of this process or another.
      -EBADF for a file opened read-only. */
   int (*lock) (struct vr_file *f, struct vr_lock_owner *ret_owner);

@@ -703,8 +703,11 @@ find_lock_owner (int fd)
   return pid;
 }
 
+#define LOCK_RETRIES 300
+#define LOCK_RETRY_US 10000
+
 static int
-real_lock (struct vr_file *f, struct vr_lock_owner *ret_owner)
+try_lock (struct vr_file *f, struct vr_lock_owner *ret_owner)
 {
   struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
 
@@ -718,6 +721,22 @@ real_lock (struct vr_file *f, struct vr_lock_owner *ret_owner)
     ret_owner->pid =
       lock.l_pid > 0 ? lock.l_pid : find_lock_owner (real_fd (f));
   return -EAGAIN;
+}
+
+/* A process that was killed with requests in its io_uring is gone before
+   they are: the kernel holds the file, and so the lock, until the last one is
+   done.  Nobody is seen to have the lock then; it is worth waiting. */
+static int
+real_lock (struct vr_file *f, struct vr_lock_owner *ret_owner)
+{
+  int err = try_lock (f, ret_owner);
+
+  for (int i = 0; i < LOCK_RETRIES && err == -EAGAIN && ret_owner->pid == 0;
+       i++) {
+    usleep (LOCK_RETRY_US);
+    err = try_lock (f, ret_owner);
+  }
+  return err;
 }
 
 /* ---- Names, clocks, randomness ------------------------------------------ */
