@@ -214,7 +214,8 @@ int vr_log_truncate (struct vr_log *log, uint64_t lsn, uint64_t chain);
 
 /* ---- Sync and commit ---------------------------------------------------- */
 
-/* Make everything before lsn durable, with everybody else's. */
+/* Make everything before lsn durable, with everybody else's.  -ESTALE: a
+   truncation took it away meanwhile. */
 int vr_log_sync (struct vr_log *log, uint64_t lsn);
 
 /* Write complete blocks to the file without waiting for durability, if at

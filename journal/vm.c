@@ -110,6 +110,23 @@ new_page (struct vr_vm *vm)
   snprintf (vm->page.vm, sizeof vm->page.vm, "%s", vm->name);
 }
 
+/* The slot of a member in the page. */
+static struct vr_member *
+page_slot (struct vr_vm *vm, const char *disk)
+{
+  struct vr_member *free_slot = NULL;
+
+  for (size_t i = 0; i < VR_MEMBERS_MAX; i++) {
+    struct vr_member *s = &vm->page.member[i];
+
+    if (strcmp (s->name, disk) == 0)
+      return s;
+    if (s->name[0] == 0 && free_slot == NULL)
+      free_slot = s;
+  }
+  return free_slot;
+}
+
 /* Read DIR/VM/epoch.  -ENOENT if there is none; a bad one marks the VM
    damaged. */
 static int
@@ -636,6 +653,43 @@ check_writer (struct vr_vm_member *m, const struct vr_hello *h,
                  (unsigned long long) (age / 1000000));
 }
 
+/* After a truncation: a seal that was cut off is one no more; one that is
+   left may not be durable yet, when the writer that sent it died. */
+static int
+recount_seals (struct vr_vm_member *m, struct vr_refused *refused)
+{
+  struct vr_log_info info;
+  int err = 0;
+
+  vr_log_info (m->log, &info);
+  if (!m->vm->sync_memory)
+    err = vr_log_sync (m->log, info.sealed_lsn);
+  if (err < 0)
+    return refuse (refused, VR_REFUSED_IO, err, "%s: %s",
+                   vr_log_path (m->log), strerror (-err));
+  m->sealed_epoch = info.sealed_epoch > m->vm->committed_epoch
+                        ? info.sealed_epoch
+                        : m->vm->committed_epoch;
+  return 0;
+}
+
+/* Seals are about to be cut off, on which what is committed may rest: from now
+   on that is known without them.  (This log's part of it is behind its commit
+   point and stays.) */
+static int
+remember_committed (struct vr_vm_member *m, struct vr_refused *refused)
+{
+  struct vr_vm *vm = m->vm;
+  int err;
+
+  page_slot (vm, m->name)->sealed_epoch = vm->committed_epoch;
+  err = write_page (vm);
+  if (err < 0)
+    refuse (refused, VR_REFUSED_IO, err, "%s/epoch: %s", vm->dir,
+            strerror (-err));
+  return err;
+}
+
 /* May this log go on from where the primary says? */
 static int
 resume_member (struct vr_vm_member *m, const struct vr_hello *h,
@@ -662,6 +716,8 @@ resume_member (struct vr_vm_member *m, const struct vr_hello *h,
                    "disk has %llu bytes here, %llu there",
                    (unsigned long long) info.super.disk_size,
                    (unsigned long long) h->disk_size);
+  if (h->lsn < info.sealed_lsn && remember_committed (m, refused) < 0)
+    return -EIO;
   err = vr_log_truncate (m->log, h->lsn, h->chain);
   if (err == -ERANGE || err == -ESTALE)
     return refuse (refused, VR_REFUSED_HISTORY, -EPERM,
@@ -671,9 +727,9 @@ resume_member (struct vr_vm_member *m, const struct vr_hello *h,
                    (unsigned long long) info.head,
                    (unsigned long long) h->lsn);
   if (err < 0)
-    refuse (refused, VR_REFUSED_IO, err, "%s: %s", vr_log_path (m->log),
-            strerror (-err));
-  return err;
+    return refuse (refused, VR_REFUSED_IO, err, "%s: %s",
+                   vr_log_path (m->log), strerror (-err));
+  return recount_seals (m, refused);
 }
 
 /* An empty image of the disk's size. */
@@ -765,23 +821,6 @@ install_files (struct vr_vm *vm, const char *disk, struct vr_refused *refused)
   return err;
 }
 
-/* The slot of a member in the page. */
-static struct vr_member *
-page_slot (struct vr_vm *vm, const char *disk)
-{
-  struct vr_member *free_slot = NULL;
-
-  for (size_t i = 0; i < VR_MEMBERS_MAX; i++) {
-    struct vr_member *s = &vm->page.member[i];
-
-    if (strcmp (s->name, disk) == 0)
-      return s;
-    if (s->name[0] == 0 && free_slot == NULL)
-      free_slot = s;
-  }
-  return free_slot;
-}
-
 /* A log that is not there yet, or whose first copy never finished. */
 static int
 create_member (struct vr_vm *vm, const char *disk, const struct vr_hello *h,
@@ -860,6 +899,9 @@ recreate_member (struct vr_vm_member *m, const struct vr_hello *h,
   }
   if (err < 0)
     return err; /* what was there is as it was */
+  /* An older session's writes may still be at it. */
+  while (m->busy > 0)
+    wait_step (&m->moved, &m->order, WAIT_STEP_NS);
   close_member (m);
   err = install_files (vm, m->name, refused);
   if (err == 0)
@@ -965,6 +1007,21 @@ vr_vm_copied (struct vr_vm_member *m, uint64_t session)
   return err;
 }
 
+bool
+vr_vm_is_whole (struct vr_vm_member *m)
+{
+  struct vr_log_info info;
+  bool whole = false;
+
+  pthread_mutex_lock (&m->vm->apply); /* hellos replace logs under it */
+  if (m->log) {
+    vr_log_info (m->log, &info);
+    whole = !(info.super.flags & VR_LOG_COPYING);
+  }
+  pthread_mutex_unlock (&m->vm->apply);
+  return whole;
+}
+
 void
 vr_vm_goodbye (struct vr_vm_member *m, uint64_t session)
 {
@@ -1011,9 +1068,12 @@ append_in_order (struct vr_vm_member *m, uint64_t session, uint64_t lsn,
                              &reason);
     if (err != -EAGAIN)
       break;
+    m->busy++;
     pthread_mutex_unlock (&m->order);
     vr_log_wait_space (m->log, WAIT_STEP_NS);
     pthread_mutex_lock (&m->order);
+    m->busy--;
+    pthread_cond_broadcast (&m->moved);
     err = m->vm->keep_waiting && !m->vm->keep_waiting (opaque)
               ? -ESHUTDOWN
               : wait_turn (m, session, lsn, buf, n, opaque);
@@ -1040,9 +1100,12 @@ commit_and_wait (struct vr_vm_member *m, uint64_t session, uint64_t epoch,
   int err;
 
   pthread_mutex_lock (&vm->mutex);
-  if (m->sealed_epoch < epoch)
+  /* A new writer may have cut this seal off. */
+  err = m->session == session ? 0 : -ESHUTDOWN;
+  if (err == 0 && m->sealed_epoch < epoch)
     m->sealed_epoch = epoch;
-  err = commit_locked (vm);
+  if (err == 0)
+    err = commit_locked (vm);
   while (err == 0 && vm->committed_epoch < epoch) {
     wait_step (&vm->committed_changed, &vm->mutex, WAIT_STEP_NS);
     if (vm->committed_epoch >= epoch)
@@ -1052,6 +1115,25 @@ commit_and_wait (struct vr_vm_member *m, uint64_t session, uint64_t epoch,
       err = -ESHUTDOWN;
   }
   pthread_mutex_unlock (&vm->mutex);
+  return err;
+}
+
+/* Bring what was appended to the file; a seal durably, as configured. */
+static int
+write_down (struct vr_vm_member *m, const struct vr_raw_result *result)
+{
+  int err;
+
+  if (result->sealed_epoch == 0)
+    err = vr_log_write_out (m->log, WRITE_OUT_BYTES);
+  else if (m->vm->sync_memory)
+    err = vr_log_write_out (m->log, 0);
+  else
+    err = vr_log_sync (m->log, result->sealed_lsn);
+  pthread_mutex_lock (&m->order);
+  m->busy--;
+  pthread_cond_broadcast (&m->moved);
+  pthread_mutex_unlock (&m->order);
   return err;
 }
 
@@ -1069,17 +1151,20 @@ vr_vm_write (struct vr_vm_member *m, uint64_t session, uint64_t lsn,
                    "write of %zu bytes", n);
   pthread_mutex_lock (&m->order);
   err = append_in_order (m, session, lsn, buf, n, opaque, &result, refused);
+  if (err == 0)
+    m->busy++;
   pthread_cond_broadcast (&m->moved);
   pthread_mutex_unlock (&m->order);
   if (err < 0)
     return err;
-  if (result.sealed_epoch == 0)
-    return vr_log_write_out (m->log, WRITE_OUT_BYTES);
-  err = m->vm->sync_memory ? vr_log_write_out (m->log, 0)
-                           : vr_log_sync (m->log, result.sealed_lsn);
+  err = write_down (m, &result);
+  if (err == -ESTALE)
+    return -ESHUTDOWN; /* the session went first */
   if (err < 0)
     return refuse (refused, VR_REFUSED_IO, err, "%s: %s",
                    vr_log_path (m->log), strerror (-err));
+  if (result.sealed_epoch == 0)
+    return 0;
   return commit_and_wait (m, session, result.sealed_epoch, opaque);
 }
 

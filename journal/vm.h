@@ -36,11 +36,12 @@ struct vr_vm_member {
   struct vr_log *log;
   struct vr_image img;
 
-  /* Appending in LSN order.  order guards session; broadcast when head moved
-     or the session changed. */
+  /* Appending in LSN order.  order guards session and busy; broadcast when
+     head moved or one of these changed. */
   pthread_mutex_t order;
   pthread_cond_t moved;
   _Atomic uint64_t session; /* of the writer; 0: none */
+  unsigned busy; /* writes that use the log though order is not held */
   uint64_t generation; /* the writer's */
   uint64_t heard_ns;   /* last message of the writer */
   char writer[VR_NAME_SIZE];
@@ -112,6 +113,10 @@ int vr_vm_hello (struct vr_vm *vm, const char *disk,
 
 /* The copy that this log began with is complete: it may be promoted. */
 int vr_vm_copied (struct vr_vm_member *m, uint64_t session);
+
+/* Is the image a disk, so that views of it may be opened?  Once it is, it
+   stays one. */
+bool vr_vm_is_whole (struct vr_vm_member *m);
 
 /* The writer is gone. */
 void vr_vm_goodbye (struct vr_vm_member *m, uint64_t session);

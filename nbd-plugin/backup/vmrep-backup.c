@@ -353,7 +353,6 @@ static int
 open_view (struct handle *h, const char *spec)
 {
   struct vr_vm_member *m;
-  struct vr_log_info info;
 
   if (h->vm == NULL) {
     nbdkit_error ("there is no VM %s here", h->vm_name);
@@ -368,8 +367,7 @@ open_view (struct handle *h, const char *spec)
     nbdkit_error ("VM %s has no disk %s here", h->vm_name, h->disk);
     return plugin_errno (-EINVAL);
   }
-  vr_log_info (m->log, &info);
-  if (info.super.flags & VR_LOG_COPYING) {
+  if (!vr_vm_is_whole (m)) {
     nbdkit_error ("%s/%s: its first copy is not finished", h->vm_name,
                   h->disk);
     return plugin_errno (-EIO);
