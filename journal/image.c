@@ -274,14 +274,16 @@ vr_image_apply (struct vr_image *img, uint64_t max_bytes, uint64_t *ret_bytes)
 {
   struct vr_mark from, end = { 0 };
   struct vr_log_info info;
-  int err = 0;
+  uint64_t to;
+  int err;
 
   *ret_bytes = 0;
   pthread_mutex_lock (&img->apply_mutex);
   vr_log_info (img->log, &info);
   vr_log_applied_mark (img->log, &from);
-  if (info.committed > from.lsn && !held_up (img, &info)) {
-    err = redo (img, &from, info.committed, max_bytes, &end);
+  err = vr_log_recorded_commit (img->log, from.lsn, &to);
+  if (err == 0 && to > from.lsn && !held_up (img, &info)) {
+    err = redo (img, &from, to, max_bytes, &end);
     if (err == 0) {
       *ret_bytes = end.lsn - from.lsn;
       img->dirty_bytes += *ret_bytes;

@@ -317,6 +317,13 @@ void vr_log_ship_cursor_end (struct vr_log *log,
 
 /* ---- Apply's side (image.c) --------------------------------------------- */
 
+/* The commit point that the superblock durably records: what is to be applied.
+ * If it is not beyond this LSN, and could be, it is brought up to date first.
+ * Were the image ahead of it, damage to the log above it, which recovery takes
+ * for a torn tail, would leave an image of no epoch. */
+int vr_log_recorded_commit (struct vr_log *log, uint64_t beyond,
+                            uint64_t *ret_lsn);
+
 /* The base image holds everything before *mark, not yet durably. */
 void vr_log_set_applied (struct vr_log *log, const struct vr_mark *mark,
                          uint64_t epoch);

@@ -53,6 +53,7 @@ struct vr_log {
   uint64_t super_synced;
   uint64_t super_wanted; /* somebody waits for this version */
   uint64_t super_written_ns;
+  uint64_t recorded; /* the durable superblock's committed_lsn */
 
   /* Seals behind the commit point, oldest first. */
   struct vr_seal *seals;

@@ -272,6 +272,7 @@ finish_round_locked (struct vr_log *log, const struct round *round)
     log->durable = round->to;
   if (round->super_version) {
     log->super_synced = round->super_version;
+    log->recorded = round->super.committed_lsn;
     if (round->super.applied_lsn > log->tail.lsn) {
       log->tail = (struct vr_mark){ round->super.applied_lsn,
                                     round->super.applied_chain };
@@ -391,6 +392,26 @@ vr_log_commit (struct vr_log *log, uint64_t epoch)
     memmove (log->seals, log->seals + n,
              log->seal_count * sizeof *log->seals);
   }
+  pthread_mutex_unlock (&log->mutex);
+  return err;
+}
+
+int
+vr_log_recorded_commit (struct vr_log *log, uint64_t beyond,
+                        uint64_t *ret_lsn)
+{
+  uint64_t version;
+  bool behind;
+  int err = 0;
+
+  pthread_mutex_lock (&log->mutex);
+  version = log->super_version;
+  behind = log->recorded <= beyond && log->super.committed_lsn > beyond;
+  pthread_mutex_unlock (&log->mutex);
+  if (behind)
+    err = vr_log_sync_super (log, version);
+  pthread_mutex_lock (&log->mutex);
+  *ret_lsn = log->recorded;
   pthread_mutex_unlock (&log->mutex);
   return err;
 }
