@@ -704,7 +704,13 @@ vr_log_start_primary (struct vr_log *log, struct vr_epoch *epoch)
 
   pthread_mutex_lock (&log->mutex);
   log->epoch = epoch;
-  vr_epoch_raise (epoch, log->super.epoch_limit);
+  /* A crash may have left records of epochs that were claimed only in a
+     superblock that never reached the disk. */
+  vr_epoch_raise (epoch, log->open_epoch < log->super.epoch_limit
+                             ? log->super.epoch_limit
+                             : log->open_epoch + 1);
+  if (log->open_epoch == log->sealed_epoch)
+    log->open_epoch++; /* nothing to seal there */
   log->super.epoch_limit = vr_epoch_current (epoch) + EPOCH_CLAIM;
   log->super.flags &= ~(uint32_t) VR_LOG_CLEAN;
   version = ++log->super_version;
