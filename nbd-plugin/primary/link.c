@@ -145,7 +145,8 @@ link_open (struct link *l, const char *uri, const char *vm, const char *disk)
   if (err == 0 && nbd_aio_is_ready (l->nbd) <= 0) {
     l->err = err = -ENOENT;
     snprintf (l->error, sizeof l->error,
-              "the server refused export %s (is it nbdkit vmrep-backup?)",
+              "the server refused export %s (is it nbdkit vmrep-backup? does "
+              "it require TLS, a URI with nbds://?)",
               export);
   }
   return err;
