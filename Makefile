@@ -61,6 +61,7 @@ UNIT_LIBS    := $(VMREP_LIBS) $(call pkg_libs,cmocka)
 # --------------------------------------------------------------- sources
 
 JOURNAL_SRC  := $(wildcard journal/*.c)
+MEMSYNC_SRC  := $(wildcard memsync/*.c)
 # What both plugins share lies directly in nbd-plugin/.
 COMMON_SRC   := $(wildcard nbd-plugin/*.c)
 PRIMARY_SRC  := $(wildcard nbd-plugin/primary/*.c)
@@ -71,11 +72,13 @@ UNIT_SRC     := $(wildcard tests/unit/test-*.c)
 UNITLIB_SRC  := $(filter-out $(UNIT_SRC),$(wildcard tests/unit/*.c))
 TOOLS_SRC    := $(wildcard tests/tools/*.c)
 BENCH_SRC    := $(wildcard bench/*.c)
+FUZZ_SRC     := $(wildcard tests/fuzz/*.c)
 MAN_PAGES    := $(wildcard man/*.[1-8])
 
 objs = $(patsubst %.c,$(BUILD)/obj/%.o,$(1))
 
 LIB     := $(if $(JOURNAL_SRC),$(BUILD)/libvmrep-journal.a)
+MEMSYNC := $(if $(MEMSYNC_SRC),$(BUILD)/libvmrep-memsync.a)
 PLUGINS := $(strip $(if $(PRIMARY_SRC),$(BUILD)/nbdkit-vmrep-plugin.so) \
 	$(if $(BACKUP_SRC),$(BUILD)/nbdkit-vmrep-backup-plugin.so))
 VMREP   := $(if $(RECOVERY_SRC),$(BUILD)/vmrep)
@@ -96,9 +99,10 @@ comma := ,
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: all programs check check-unit check-asan check-valgrind \
-	asan-build bench install uninstall clean distclean help FORCE
+	asan-build bench fuzz fuzz-programs install uninstall clean \
+	distclean help FORCE
 
-all: $(LIB) $(PLUGINS) $(VMREP)
+all: $(LIB) $(MEMSYNC) $(PLUGINS) $(VMREP)
 
 # What the tests and the benches need besides.
 programs: all $(UNIT) $(TOOLS) $(BENCHES)
@@ -111,6 +115,7 @@ help:
 	@echo 'make check-asan       all tests, with address and UB sanitizers'
 	@echo 'make check-valgrind   all tests, under valgrind'
 	@echo 'make bench            measure; the benches say what they write'
+	@echo 'make fuzz             fuzz decoders, with clang (FUZZ_SECONDS=30 each)'
 	@echo 'make install          prefix=/usr/local, DESTDIR=, plugindir= (nbdkit'"'"'s)'
 	@echo 'make uninstall        takes the same variables'
 	@echo 'make clean            remove $(BUILD)/, but for the downloaded guest'
@@ -133,13 +138,16 @@ $(BUILD)/obj/%.o: %.c $(BUILD)/flags
 
 # Removed first, so that no object of a deleted source stays in it; the list
 # of members is a dependency for the same reason.
-$(BUILD)/libvmrep-journal.a: $(call objs,$(JOURNAL_SRC)) $(BUILD)/members
+$(BUILD)/libvmrep-journal.a: $(call objs,$(JOURNAL_SRC))
+$(BUILD)/libvmrep-memsync.a: $(call objs,$(MEMSYNC_SRC))
+$(BUILD)/libvmrep-%.a: $(BUILD)/members
 	rm -f $@
 	$(AR) rcs $@ $(filter %.o,$^)
 
+MEMBERS = $(JOURNAL_SRC) $(MEMSYNC_SRC)
 $(BUILD)/members: FORCE
 	@mkdir -p $(@D)
-	@echo '$(JOURNAL_SRC)' | cmp -s - $@ || echo '$(JOURNAL_SRC)' > $@
+	@echo '$(MEMBERS)' | cmp -s - $@ || echo '$(MEMBERS)' > $@
 
 # --exclude-libs keeps the journal's symbols from being exported.
 link_plugin = $(CC) $(ALL_LDFLAGS) -shared -Wl,--exclude-libs,ALL \
@@ -156,18 +164,19 @@ $(BUILD)/nbdkit-vmrep-backup-plugin.so: \
 $(BUILD)/vmrep: $(call objs,$(RECOVERY_SRC)) $(LIB)
 	$(CC) $(ALL_LDFLAGS) -o $@ $(filter %.o,$^) $(LIB) $(VMREP_LIBS)
 
-$(BUILD)/unit/%: $(BUILD)/obj/tests/unit/%.o $(call objs,$(UNITLIB_SRC)) $(LIB)
+$(BUILD)/unit/%: $(BUILD)/obj/tests/unit/%.o $(call objs,$(UNITLIB_SRC)) \
+		$(MEMSYNC) $(LIB)
 	@mkdir -p $(@D)
-	$(CC) $(ALL_LDFLAGS) $(call wrap,$*) -o $@ $(filter %.o,$^) $(LIB) \
-	  $(UNIT_LIBS)
+	$(CC) $(ALL_LDFLAGS) $(call wrap,$*) -o $@ $(filter %.o,$^) \
+	  $(MEMSYNC) $(LIB) $(UNIT_LIBS)
 
-$(BUILD)/tools/%: $(BUILD)/obj/tests/tools/%.o $(LIB)
+$(BUILD)/tools/%: $(BUILD)/obj/tests/tools/%.o $(MEMSYNC) $(LIB)
 	@mkdir -p $(@D)
-	$(CC) $(ALL_LDFLAGS) -o $@ $(filter %.o,$^) $(LIB) $(VMREP_LIBS)
+	$(CC) $(ALL_LDFLAGS) -o $@ $(filter %.o,$^) $(MEMSYNC) $(LIB) $(VMREP_LIBS)
 
-$(BUILD)/bench/%: $(BUILD)/obj/bench/%.o $(LIB)
+$(BUILD)/bench/%: $(BUILD)/obj/bench/%.o $(MEMSYNC) $(LIB)
 	@mkdir -p $(@D)
-	$(CC) $(ALL_LDFLAGS) -o $@ $(filter %.o,$^) $(LIB) $(VMREP_LIBS)
+	$(CC) $(ALL_LDFLAGS) -o $@ $(filter %.o,$^) $(MEMSYNC) $(LIB) $(VMREP_LIBS)
 
 # Runs as init's child in the test guest, which has no shared libraries of
 # ours and no sanitizer runtime.
@@ -198,6 +207,26 @@ bench: programs
 	@if [ -x bench/run ]; then BUILD=$(BUILD) bench/run; \
 	else for b in $(BENCHES); do echo "== $$b"; $$b || exit 1; done; fi
 
+# libFuzzer targets, built apart with clang.
+FUZZERS = $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(FUZZ_SRC))
+FUZZ_SECONDS ?= 30
+
+fuzz:
+	$(MAKE) BUILD=build-fuzz CC=clang SAN=fuzzer-no-link,address,undefined \
+	  CFLAGS='-O1 -g' fuzz-programs
+	for f in $(FUZZ_SRC:tests/fuzz/%.c=build-fuzz/fuzz/%); do \
+	  mkdir -p $$f.corpus && \
+	  $$f -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=$$f. \
+	    $$f.corpus || exit 1; \
+	done
+
+fuzz-programs: $(FUZZERS)
+
+$(BUILD)/fuzz/%: $(BUILD)/obj/tests/fuzz/%.o $(MEMSYNC) $(LIB)
+	@mkdir -p $(@D)
+	$(CC) $(ALL_LDFLAGS) -fsanitize=fuzzer -o $@ $(filter %.o,$^) $(MEMSYNC) \
+	  $(LIB) $(VMREP_LIBS)
+
 # --------------------------------------------------------------- install
 
 install: all
@@ -227,6 +256,7 @@ clean:
 distclean:
 	rm -rf build build-*
 
--include $(patsubst %.c,$(BUILD)/obj/%.d,$(JOURNAL_SRC) $(COMMON_SRC) \
+-include $(patsubst %.c,$(BUILD)/obj/%.d,$(JOURNAL_SRC) $(MEMSYNC_SRC) \
+	$(COMMON_SRC) $(FUZZ_SRC) \
 	$(PRIMARY_SRC) $(BACKUP_SRC) $(RECOVERY_SRC) $(UNIT_SRC) \
 	$(UNITLIB_SRC) $(TOOLS_SRC) $(BENCH_SRC))
