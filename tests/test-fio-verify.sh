@@ -5,7 +5,7 @@
 # after each flush the backup's committed disk is the primary's, byte for byte:
 # also when two clients wrote over each other without any order.
 . "$(dirname "$0")/lib.sh"
-requires nbdkit fio nbdcopy qemu-io cmp truncate
+requires nbdkit fio nbdcopy nbdinfo qemu-io cmp truncate
 fio --enghelp 2>/dev/null | grep -qw nbd || skip 'fio has no nbd engine'
 tmpdir
 
@@ -21,6 +21,8 @@ start_primary () {
 start_primary
 primary_uri="nbd+unix:///?socket=$tmp/sock"
 committed="nbd+unix:///vm/disk0@committed?socket=$tmp/backup.sock"
+
+wait_for 20 nbdinfo --size "$committed" || fail 'not replicated'
 
 run_fio () { # NAME OPTION…
   local name=$1

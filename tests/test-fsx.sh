@@ -6,7 +6,7 @@
 # the backup.  On a file whose size is no multiple of 512, and on a block
 # device.  VR_SEED=N repeats a run.
 . "$(dirname "$0")/lib.sh"
-requires nbdkit nbdcopy cmp truncate
+requires nbdkit nbdcopy nbdinfo cmp truncate
 tmpdir
 
 seed=${VR_SEED:-$(( $(od -An -N3 -tu4 /dev/urandom) ))}
@@ -42,6 +42,7 @@ nbdkit_backup backup -U "$tmp/backup.sock" dir="$tmp/store"
 args=("$tmp/image" journal-size=8M flush=remote
       backup="nbd+unix://?socket=$tmp/backup.sock")
 start_primary "${args[@]}"
+wait_for 20 nbdinfo --size "$backup_uri" || fail 'not replicated'
 fsx 4000
 kill_bg primary
 start_primary "${args[@]}"
