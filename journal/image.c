@@ -104,6 +104,7 @@ vr_image_init (struct vr_image *img, struct vr_log *log, struct vr_file *base,
   pthread_rwlockattr_destroy (&attr);
   pthread_mutex_init (&img->index_mutex, NULL);
   pthread_mutex_init (&img->apply_mutex, NULL);
+  pthread_mutex_init (&img->checkpoint_mutex, NULL);
   img->batch = vr_map_new ();
   img->index = primary ? vr_map_new () : NULL;
   if (img->batch == NULL || (primary && img->index == NULL))
@@ -116,6 +117,7 @@ vr_image_destroy (struct vr_image *img)
 {
   vr_map_free (img->batch);
   vr_map_free (img->index);
+  pthread_mutex_destroy (&img->checkpoint_mutex);
   pthread_mutex_destroy (&img->apply_mutex);
   pthread_mutex_destroy (&img->index_mutex);
   pthread_rwlock_destroy (&img->places);
@@ -297,20 +299,25 @@ int
 vr_image_checkpoint (struct vr_image *img)
 {
   struct vr_mark mark, tail;
+  uint64_t epoch, bytes;
   int err = 0;
 
+  pthread_mutex_lock (&img->checkpoint_mutex);
   pthread_mutex_lock (&img->apply_mutex);
   vr_log_applied_mark (img->log, &mark);
   vr_log_tail_mark (img->log, &tail);
+  epoch = img->applied_epoch;
+  bytes = img->dirty_bytes;
+  pthread_mutex_unlock (&img->apply_mutex);
   if (mark.lsn != tail.lsn) {
     err = vr_sync (img->base);
     pass_readers (img);
     if (err == 0)
-      err = vr_log_recycle (img->log, &mark, img->applied_epoch);
+      err = vr_log_recycle (img->log, &mark, epoch);
     if (err == 0)
-      img->dirty_bytes = 0;
+      img->dirty_bytes -= bytes;
   }
-  pthread_mutex_unlock (&img->apply_mutex);
+  pthread_mutex_unlock (&img->checkpoint_mutex);
   return err;
 }
 

@@ -39,7 +39,8 @@ struct vr_image {
   pthread_mutex_t apply_mutex; /* one apply, checkpoint or view change */
   uint64_t applied_through;    /* epoch of the last applied record */
   uint64_t applied_epoch;      /* last epoch applied whole */
-  uint64_t dirty_bytes;        /* applied since the last checkpoint */
+  _Atomic uint64_t dirty_bytes; /* applied since the last checkpoint */
+  pthread_mutex_t checkpoint_mutex; /* before apply_mutex */
   unsigned views;              /* open ones hold up apply */
   _Atomic uint64_t view_round; /* bumped when open views are given up */
   struct vr_map *batch;        /* scratch */
@@ -56,7 +57,8 @@ void vr_image_destroy (struct vr_image *img);
 int vr_image_apply (struct vr_image *img, uint64_t max_bytes,
                     uint64_t *ret_bytes);
 
-/* Sync the base image and free the log before the applied mark. */
+/* Sync the base image and free the log before the applied mark.  Applying
+   goes on meanwhile. */
 int vr_image_checkpoint (struct vr_image *img);
 
 /* Read through a map of places in the log onto the base image.  mutex (may

@@ -13,10 +13,10 @@
 #define WAIT_STEP_NS 50000000L
 
 /* Segments kept in memory per log. */
-#define CACHE_SEGMENTS 8
+#define CACHE_SEGMENTS 16
 
 /* A log is recycled once this share of its journal is applied. */
-#define CHECKPOINT_SHARE 8
+#define CHECKPOINT_SHARE 3
 
 /* Log bytes that may wait in memory before they are written to the file. */
 #define WRITE_OUT_BYTES (UINT64_C (2) << 20)
@@ -308,7 +308,7 @@ commit_locked (struct vr_vm *vm)
 /* With sync=memory an epoch is committed for its primary before it is durable
    here.  The images and commit points follow when it is durable in every log,
    so that after a power failure they still agree on one epoch, if an older
-   one.  vm->apply held, or nobody else there yet. */
+   one.  vm->use held, or nobody else there yet. */
 static int
 harden (struct vr_vm *vm)
 {
@@ -413,6 +413,7 @@ lock_vm (struct vr_vm *vm, bool create, char *message, size_t size)
 static struct vr_vm *
 new_vm (struct vr_io *io, const struct vr_vm_config *c)
 {
+  pthread_rwlockattr_t attr;
   struct vr_vm *vm = calloc (1, sizeof *vm);
 
   if (vm == NULL)
@@ -422,7 +423,11 @@ new_vm (struct vr_io *io, const struct vr_vm_config *c)
   vm->writer_timeout_ns = c->writer_timeout_ns;
   vm->keep_waiting = c->keep_waiting;
   snprintf (vm->name, sizeof vm->name, "%s", c->name);
-  pthread_mutex_init (&vm->apply, NULL);
+  pthread_rwlockattr_init (&attr);
+  pthread_rwlockattr_setkind_np (
+      &attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+  pthread_rwlock_init (&vm->use, &attr);
+  pthread_rwlockattr_destroy (&attr);
   pthread_mutex_init (&vm->mutex, NULL);
   cond_init (&vm->committed_changed);
   vm->dir = path_of (c->dir, c->name, "");
@@ -492,7 +497,7 @@ vr_vm_close (struct vr_vm *vm)
   vr_close (vm->lock);
   pthread_cond_destroy (&vm->committed_changed);
   pthread_mutex_destroy (&vm->mutex);
-  pthread_mutex_destroy (&vm->apply);
+  pthread_rwlock_destroy (&vm->use);
   free (vm->dir);
   free (vm);
 }
@@ -976,7 +981,7 @@ vr_vm_hello (struct vr_vm *vm, const char *disk, const struct vr_hello *hello,
   if (err < 0)
     return err;
   /* Serialises hellos too, so nobody else adds this member meanwhile. */
-  pthread_mutex_lock (&vm->apply);
+  pthread_rwlock_wrlock (&vm->use);
   m = vr_vm_find (vm, disk);
   if (m)
     pthread_mutex_lock (&m->order);
@@ -988,7 +993,7 @@ vr_vm_hello (struct vr_vm *vm, const char *disk, const struct vr_hello *hello,
     pthread_cond_broadcast (&m->moved);
     pthread_mutex_unlock (&m->order);
   }
-  pthread_mutex_unlock (&vm->apply);
+  pthread_rwlock_unlock (&vm->use);
   return err;
 }
 
@@ -997,13 +1002,13 @@ vr_vm_copied (struct vr_vm_member *m, uint64_t session)
 {
   int err;
 
-  pthread_mutex_lock (&m->vm->apply);
+  pthread_rwlock_rdlock (&m->vm->use);
   pthread_mutex_lock (&m->order);
   err = m->session == session ? harden (m->vm) : -ESHUTDOWN;
   if (err == 0)
     err = vr_log_set_flags (m->log, 0, VR_LOG_COPYING);
   pthread_mutex_unlock (&m->order);
-  pthread_mutex_unlock (&m->vm->apply);
+  pthread_rwlock_unlock (&m->vm->use);
   return err;
 }
 
@@ -1013,12 +1018,12 @@ vr_vm_is_whole (struct vr_vm_member *m)
   struct vr_log_info info;
   bool whole = false;
 
-  pthread_mutex_lock (&m->vm->apply); /* hellos replace logs under it */
+  pthread_rwlock_rdlock (&m->vm->use); /* hellos replace logs under it */
   if (m->log) {
     vr_log_info (m->log, &info);
     whole = !(info.super.flags & VR_LOG_COPYING);
   }
-  pthread_mutex_unlock (&m->vm->apply);
+  pthread_rwlock_unlock (&m->vm->use);
   return whole;
 }
 
@@ -1202,7 +1207,7 @@ vr_vm_apply (struct vr_vm *vm, uint64_t max_bytes, uint64_t *ret_bytes)
   int err = 0;
 
   *ret_bytes = 0;
-  pthread_mutex_lock (&vm->apply);
+  pthread_rwlock_rdlock (&vm->use);
   err = harden (vm);
   for (size_t i = 0; (m = member_at (vm, i)) != NULL && err == 0; i++) {
     uint64_t n = 0;
@@ -1210,7 +1215,7 @@ vr_vm_apply (struct vr_vm *vm, uint64_t max_bytes, uint64_t *ret_bytes)
     err = vr_image_apply (&m->img, max_bytes, &n);
     *ret_bytes += n;
   }
-  pthread_mutex_unlock (&vm->apply);
+  pthread_rwlock_unlock (&vm->use);
   return err;
 }
 
@@ -1231,11 +1236,11 @@ vr_vm_checkpoint (struct vr_vm *vm, uint64_t min_bytes)
   struct vr_vm_member *m;
   int err = 0;
 
-  pthread_mutex_lock (&vm->apply);
+  pthread_rwlock_rdlock (&vm->use);
   for (size_t i = 0; (m = member_at (vm, i)) != NULL && err == 0; i++)
     if (m->img.dirty_bytes >= min_bytes || journal_needs_space (m))
       err = vr_image_checkpoint (&m->img);
-  pthread_mutex_unlock (&vm->apply);
+  pthread_rwlock_unlock (&vm->use);
   return err;
 }
 

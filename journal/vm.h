@@ -57,9 +57,9 @@ struct vr_vm {
   bool sync_memory; /* commit once written, not once durable */
   uint64_t writer_timeout_ns;
 
-  /* apply is held while logs and images are used or replaced; before order
-     and mutex. */
-  pthread_mutex_t apply;
+  /* Held shared while logs and images are used, exclusively while a hello may
+     replace them; before order and mutex. */
+  pthread_rwlock_t use;
   pthread_mutex_t mutex;
   pthread_cond_t committed_changed;
   struct vr_epoch_page page; /* as in DIR/VM/epoch */

@@ -34,24 +34,31 @@
 /* A writer unheard of for so long has lost its place. */
 #define WRITER_TIMEOUT_NS UINT64_C (2000000000)
 
-/* Apply gathers this long, takes so much of each log at once, and syncs an
-   image after so much, or when nothing came for a second. */
+/* Apply gathers this long and takes so much of a log at once.  An image is
+   synced when a share of the journal waits for that (journal/vm.c), or when
+   nothing came for a second. */
 #define GATHER_US 20000
 #define APPLY_BYTES (UINT64_C (16) << 20)
-#define CHECKPOINT_BYTES (UINT64_C (128) << 20)
 #define CHECKPOINT_IDLE_NS UINT64_C (1000000000)
+#define ERROR_PAUSE_US 500000
 
 static char *dir;
 static bool sync_memory;
 
 /* VMs are only ever added while the server runs. */
 static pthread_mutex_t vms_mutex = PTHREAD_MUTEX_INITIALIZER;
-static struct vr_vm *vms[VMS_MAX];
+static struct served {
+  struct vr_vm *vm;
+  pthread_t applier, syncer;
+  bool started;
+  atomic_bool leave; /* the applier shall end, alone */
+  _Atomic uint64_t busy_ns; /* when something was last applied */
+} vms[VMS_MAX];
 static size_t vm_count;
-
-static pthread_t applier;
-static bool applier_started;
+static bool running; /* threads may be started */
 static atomic_bool stopping;
+
+static int start_threads (struct served *s);
 
 /* ---- Parameters --------------------------------------------------------- */
 
@@ -183,10 +190,17 @@ add_vm (const char *name, bool create, struct vr_vm **ret)
     nbdkit_error ("VM %s: %s", name, message[0] ? message : strerror (-err));
     return err;
   }
-  vms[vm_count++] = *ret;
+  vms[vm_count] = (struct served){ .vm = *ret };
   /* The others go on; this one refuses its writers and says why. */
   if ((*ret)->damaged.code)
     nbdkit_error ("VM %s: %s", name, (*ret)->damaged.text);
+  err = start_threads (&vms[vm_count]);
+  if (err < 0) {
+    nbdkit_error ("VM %s: cannot start threads", name);
+    vr_vm_close (*ret);
+    return err;
+  }
+  vm_count++;
   return 0;
 }
 
@@ -197,10 +211,10 @@ find_vm (const char *name, bool create)
 
   pthread_mutex_lock (&vms_mutex);
   for (size_t i = 0; i < vm_count; i++)
-    if (strcmp (vms[i]->name, name) == 0)
-      vm = vms[i];
-  if (vm == NULL && create)
-    add_vm (name, true, &vm);
+    if (strcmp (vms[i].vm->name, name) == 0)
+      vm = vms[i].vm;
+  if (vm == NULL && create && add_vm (name, true, &vm) < 0)
+    vm = NULL;
   pthread_mutex_unlock (&vms_mutex);
   return vm;
 }
@@ -211,7 +225,7 @@ vm_at (size_t i)
   struct vr_vm *vm;
 
   pthread_mutex_lock (&vms_mutex);
-  vm = i < vm_count ? vms[i] : NULL;
+  vm = i < vm_count ? vms[i].vm : NULL;
   pthread_mutex_unlock (&vms_mutex);
   return vm;
 }
@@ -246,77 +260,116 @@ vmrep_backup_get_ready (void)
   return err < 0 ? -1 : 0;
 }
 
-/* ---- The applier -------------------------------------------------------- */
+/* ---- Background work ---------------------------------------------------- */
 
 /* An error stays with its VM: its journal keeps everything, and fills, and
    then its writer is told. */
 static void
-apply_vm (struct vr_vm *vm, bool idle, uint64_t *bytes)
+say_apply_error (struct vr_vm *vm, int err)
 {
-  uint64_t n = 0;
-  int err;
-
-  if (vm->damaged.code)
-    return;
-  err = vr_vm_apply (vm, APPLY_BYTES, &n);
-  *bytes += n;
-  if (err == 0)
-    err = vr_vm_checkpoint (vm, idle ? 1 : CHECKPOINT_BYTES);
-  if (err < 0) {
-    nbdkit_error ("VM %s: applying committed epochs: %s; the journal keeps "
-                  "them",
-                  vm->name, strerror (-err));
-    usleep (500000);
-  }
+  nbdkit_error ("VM %s: applying committed epochs: %s; the journal keeps them",
+                vm->name, strerror (-err));
 }
 
+/* One such thread for each VM: what is committed goes onto the images. */
 static void *
-apply_all (void *opaque)
+apply_thread (void *opaque)
 {
+  struct served *s = opaque;
   struct vr_io *io = vr_io_real ();
-  uint64_t busy_ns = vr_now_ns (io);
 
-  (void) opaque;
   pthread_setname_np (pthread_self (), "vmrep-apply");
-  while (!atomic_load (&stopping)) {
-    bool idle = vr_now_ns (io) - busy_ns > CHECKPOINT_IDLE_NS;
+  while (!atomic_load (&stopping) && !atomic_load (&s->leave)) {
     uint64_t bytes = 0;
-    struct vr_vm *vm;
+    int err = vr_vm_apply (s->vm, APPLY_BYTES, &bytes);
 
-    for (size_t i = 0; (vm = vm_at (i)) != NULL; i++)
-      apply_vm (vm, idle, &bytes);
     if (bytes > 0)
-      busy_ns = vr_now_ns (io);
-    if (bytes < APPLY_BYTES)
+      atomic_store (&s->busy_ns, vr_now_ns (io));
+    if (err < 0) {
+      say_apply_error (s->vm, err);
+      usleep (ERROR_PAUSE_US);
+    } else if (bytes < APPLY_BYTES)
       usleep (GATHER_US);
   }
   return NULL;
 }
 
+/* And one that syncs the images, which may take seconds, so that applying
+   goes on meanwhile. */
+static void *
+checkpoint_thread (void *opaque)
+{
+  struct served *s = opaque;
+  struct vr_io *io = vr_io_real ();
+
+  pthread_setname_np (pthread_self (), "vmrep-sync");
+  while (!atomic_load (&stopping)) {
+    bool idle = vr_now_ns (io) - atomic_load (&s->busy_ns)
+                > CHECKPOINT_IDLE_NS;
+    int err = vr_vm_checkpoint (s->vm, idle ? 1 : UINT64_MAX);
+
+    if (err < 0) {
+      say_apply_error (s->vm, err);
+      usleep (ERROR_PAUSE_US);
+    }
+    usleep (GATHER_US);
+  }
+  return NULL;
+}
+
+/* vms_mutex held. */
+static int
+start_threads (struct served *s)
+{
+  if (!running || s->vm->damaged.code || s->started)
+    return 0;
+  if (pthread_create (&s->applier, NULL, apply_thread, s) != 0)
+    return -EAGAIN;
+  if (pthread_create (&s->syncer, NULL, checkpoint_thread, s) != 0) {
+    atomic_store (&s->leave, true);
+    pthread_join (s->applier, NULL);
+    return -EAGAIN;
+  }
+  s->started = true;
+  return 0;
+}
+
 static int
 vmrep_backup_after_fork (void)
 {
-  applier_started = pthread_create (&applier, NULL, apply_all, NULL) == 0;
-  if (!applier_started)
-    nbdkit_error ("cannot start a thread");
-  return applier_started ? 0 : -1;
+  int err = 0;
+
+  pthread_mutex_lock (&vms_mutex);
+  running = true;
+  for (size_t i = 0; i < vm_count && err == 0; i++)
+    err = start_threads (&vms[i]);
+  pthread_mutex_unlock (&vms_mutex);
+  if (err < 0)
+    nbdkit_error ("cannot start threads");
+  return err < 0 ? -1 : 0;
 }
 
 /* Everything committed is in the images when the server ends in order. */
 static void
 vmrep_backup_cleanup (void)
 {
-  uint64_t bytes;
-
   atomic_store (&stopping, true);
-  if (!applier_started)
-    return;
-  pthread_join (applier, NULL);
   for (size_t i = 0; i < vm_count; i++) {
-    do {
-      bytes = 0;
-      apply_vm (vms[i], true, &bytes);
-    } while (bytes > 0);
+    struct vr_vm *vm = vms[i].vm;
+    uint64_t bytes = 0;
+    int err;
+
+    if (!vms[i].started)
+      continue;
+    pthread_join (vms[i].applier, NULL);
+    pthread_join (vms[i].syncer, NULL);
+    do
+      err = vr_vm_apply (vm, APPLY_BYTES, &bytes);
+    while (err == 0 && bytes > 0);
+    if (err == 0)
+      err = vr_vm_checkpoint (vm, 1);
+    if (err < 0)
+      say_apply_error (vm, err);
   }
 }
 
@@ -324,7 +377,7 @@ static void
 vmrep_backup_unload (void)
 {
   for (size_t i = 0; i < vm_count; i++)
-    vr_vm_close (vms[i]);
+    vr_vm_close (vms[i].vm);
   free (dir);
 }
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
-/* The applier thread: brings committed epochs onto the base image and gives
- * their part of the journal back. */
+/* The applier thread brings committed epochs onto the base image; the syncer
+ * thread syncs the image, which may take seconds, and gives the journal back.
+ */
 #include "primary.h"
 
 #include <errno.h>
@@ -16,13 +17,46 @@
 /* Let commits gather this long before applying them. */
 #define GATHER_MS 20
 
-/* The image is synced and the log recycled after this share of the journal,
-   or when nothing happened for a while. */
-#define CHECKPOINT_SHARE 8
+/* The image is synced and the log recycled after this share of the journal:
+   late, since a block that is written again until then goes to the disk once
+   less.  Or when nothing happened for a while. */
+#define CHECKPOINT_SHARE 3
 #define CHECKPOINT_IDLE_NS UINT64_C (1000000000)
 
+static void
+say_error (struct primary *p, int err)
+{
+  atomic_store (&p->slot->state, VR_STATE_FAILED);
+  nbdkit_error ("%s: applying committed epochs: %s; the journal keeps them",
+                p->config.image, strerror (-err));
+}
+
+void *
+primary_applier (void *opaque)
+{
+  struct primary *p = opaque;
+  int err = 0;
+
+  pthread_setname_np (pthread_self (), "vmrep-apply");
+  while (err == 0 && !atomic_load (&p->stopping)) {
+    uint64_t n = 0;
+
+    event_wait (p->apply_event, 200);
+    if (!atomic_load (&p->stopping))
+      event_wait (-1, GATHER_MS);
+    do {
+      err = vr_image_apply (&p->disk->img, BATCH_BYTES, &n);
+      if (n > 0)
+        atomic_store (&p->applied_ns, vr_now_ns (p->disk->io));
+    } while (err == 0 && n >= BATCH_BYTES && !atomic_load (&p->stopping));
+  }
+  if (err < 0)
+    say_error (p, err);
+  return NULL;
+}
+
 static bool
-checkpoint_due (struct primary *p, uint64_t idle_since)
+checkpoint_due (struct primary *p)
 {
   struct vr_log_info info;
 
@@ -30,43 +64,23 @@ checkpoint_due (struct primary *p, uint64_t idle_since)
     return false;
   vr_log_info (p->log, &info);
   return p->disk->img.dirty_bytes >= info.capacity / CHECKPOINT_SHARE
-         || vr_now_ns (p->disk->io) - idle_since >= CHECKPOINT_IDLE_NS;
-}
-
-static int
-apply_some (struct primary *p, uint64_t *idle_since)
-{
-  uint64_t n;
-  int err = vr_image_apply (&p->disk->img, BATCH_BYTES, &n);
-
-  if (n > 0)
-    *idle_since = vr_now_ns (p->disk->io);
-  if (err == 0 && checkpoint_due (p, *idle_since))
-    err = vr_image_checkpoint (&p->disk->img);
-  /* More of the same is waiting. */
-  if (err == 0 && n >= BATCH_BYTES)
-    event_signal (p->apply_event);
-  return err;
+         || vr_now_ns (p->disk->io) - atomic_load (&p->applied_ns)
+                >= CHECKPOINT_IDLE_NS;
 }
 
 void *
-primary_applier (void *opaque)
+primary_syncer (void *opaque)
 {
   struct primary *p = opaque;
-  uint64_t idle_since = vr_now_ns (p->disk->io);
   int err = 0;
 
-  pthread_setname_np (pthread_self (), "vmrep-apply");
+  pthread_setname_np (pthread_self (), "vmrep-sync");
   while (err == 0 && !atomic_load (&p->stopping)) {
-    event_wait (p->apply_event, 200);
-    if (!atomic_load (&p->stopping))
-      event_wait (-1, GATHER_MS);
-    err = apply_some (p, &idle_since);
+    event_wait (-1, GATHER_MS);
+    if (checkpoint_due (p))
+      err = vr_image_checkpoint (&p->disk->img);
   }
-  if (err < 0) {
-    atomic_store (&p->slot->state, VR_STATE_FAILED);
-    nbdkit_error ("%s: applying committed epochs: %s; the journal keeps them",
-                  p->config.image, strerror (-err));
-  }
+  if (err < 0)
+    say_error (p, err);
   return NULL;
 }

@@ -5,7 +5,7 @@
  *   clock.c    thread: cuts or follows epochs, seals, syncs, reports
  *   shipper.c  thread: log bytes to the backup, commits back
  *   link.c     the connection: libnbd with deadlines
- *   applier.c  thread: committed epochs onto the base image
+ *   applier.c  threads: committed epochs onto the base image, and its syncs
  *   copier.c   thread: the initial copy for a new backup
  *   window.c   how far the guest may run ahead of the backup
  *
@@ -67,8 +67,11 @@ struct primary {
   uint64_t copy_round;  /* which connection wants it */
   uint64_t copied_epoch; /* != 0: complete once this epoch is committed */
 
-  pthread_t clock, shipper, applier, copier;
-  bool clock_started, shipper_started, applier_started, copier_started;
+  pthread_t clock, shipper, applier, syncer, copier;
+  bool clock_started, shipper_started, applier_started, syncer_started;
+  bool copier_started;
+  _Atomic uint64_t applied_ns; /* when something was last applied */
+  _Atomic uint64_t hinted_lsn; /* the shipper knows of bytes up to here */
 };
 
 /* ---- clock.c ------------------------------------------------------------ */
@@ -100,6 +103,7 @@ void primary_ship (struct primary *p, bool now);
 /* ---- applier.c and copier.c --------------------------------------------- */
 
 void *primary_applier (void *opaque);
+void *primary_syncer (void *opaque);
 void *primary_copier (void *opaque);
 
 /* ---- window.c ------------------------------------------------------------ */

@@ -36,6 +36,10 @@
 /* nbdkit 1.32 aborts on extents beyond 2^32-1 (CVE-2025-47711). */
 #define EXTENT_MAX (UINT64_C (1) << 31)
 
+/* Tell the shipper after so many bytes; write to the journal in pieces. */
+#define HINT_BYTES (UINT64_C (512) << 10)
+#define WRITE_OUT_BYTES (UINT64_C (1) << 20)
+
 /* A clean stop waits this long for the backup's last commit. */
 #define GOODBYE_NS UINT64_C (2000000000)
 
@@ -436,6 +440,8 @@ vmrep_after_fork (void)
                 p->config.backup ? VR_STATE_CONNECTING : VR_STATE_ALONE);
   p->applier_started
       = pthread_create (&p->applier, NULL, primary_applier, p) == 0;
+  p->syncer_started
+      = pthread_create (&p->syncer, NULL, primary_syncer, p) == 0;
   p->clock_started = pthread_create (&p->clock, NULL, primary_clock, p) == 0;
   if (p->config.backup) {
     p->shipper_started
@@ -443,7 +449,7 @@ vmrep_after_fork (void)
     p->copier_started
         = pthread_create (&p->copier, NULL, primary_copier, p) == 0;
   }
-  if (!p->applier_started || !p->clock_started
+  if (!p->applier_started || !p->syncer_started || !p->clock_started
       || (p->config.backup && !(p->shipper_started && p->copier_started))) {
     nbdkit_error ("cannot start threads");
     return -1;
@@ -471,6 +477,8 @@ stop_threads (struct primary *p)
     pthread_join (p->shipper, NULL);
   if (p->applier_started)
     pthread_join (p->applier, NULL);
+  if (p->syncer_started)
+    pthread_join (p->syncer, NULL);
 }
 
 /* Seal what is there and give the backup a moment to commit it. */
@@ -746,6 +754,23 @@ after_write (int err, uint32_t flags, const char *what)
   return result (err, what);
 }
 
+/* Not all at the cut: have full batches sent, and bytes written to the
+   journal, while the epoch is open.  One caller in many gets to do it. */
+static int
+pass_on (struct primary *p)
+{
+  uint64_t head = vr_log_head (p->log);
+  uint64_t hinted = atomic_load_explicit (&p->hinted_lsn,
+                                          memory_order_relaxed);
+
+  if (head - hinted < HINT_BYTES
+      || !atomic_compare_exchange_strong (&p->hinted_lsn, &hinted, head))
+    return 0;
+  if (p->config.backup)
+    primary_ship (p, false);
+  return vr_log_write_out (p->log, WRITE_OUT_BYTES);
+}
+
 static int
 vmrep_pwrite (void *handle, const void *buf, uint32_t count, uint64_t offset,
               uint32_t flags)
@@ -758,6 +783,8 @@ vmrep_pwrite (void *handle, const void *buf, uint32_t count, uint64_t offset,
   err = window_enter (&primary);
   if (err == 0)
     err = vr_disk_write (primary.disk, buf, count, offset);
+  if (err == 0)
+    err = pass_on (&primary);
   return after_write (err, flags, "write");
 }
 
