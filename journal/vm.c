@@ -600,25 +600,25 @@ name_field_ok (const char name[VR_NAME_SIZE])
   return memchr (name, 0, VR_NAME_SIZE) != NULL && vr_name_ok (name);
 }
 
-/* What can be said without looking at the log. */
-static int
-check_hello (struct vr_vm *vm, const char *disk, const struct vr_hello *h,
-             struct vr_refused *refused)
+int
+vr_hello_check (const struct vr_hello *h, const char *vm, const char *disk,
+                struct vr_refused *refused)
 {
+  static const uint8_t zeros[sizeof h->reserved];
+
+  *refused = (struct vr_refused){ 0 };
   if (!vr_block_ok (h, VR_HELLO_MAGIC) || h->version != VR_VERSION)
     return refuse (refused, VR_REFUSED_FORMAT, -EINVAL,
                    "not a hello of version %u", VR_VERSION);
   if (!name_field_ok (h->vm) || !name_field_ok (h->disk)
-      || strcmp (h->vm, vm->name) != 0 || strcmp (h->disk, disk) != 0
+      || strcmp (h->vm, vm) != 0 || strcmp (h->disk, disk) != 0
       || memchr (h->node, 0, sizeof h->node) == NULL || h->session == 0
       || h->lsn >= VR_LSN_MAX || h->disk_size == 0
-      || h->disk_size >= VR_LSN_MAX)
+      || h->disk_size >= VR_LSN_MAX
+      || memcmp (h->reserved, zeros, sizeof zeros) != 0
+      || h->mode < VR_HELLO_CREATE || h->mode > VR_HELLO_COPIED)
     return refuse (refused, VR_REFUSED_FORMAT, -EINVAL,
                    "hello with impossible fields, or for another export");
-  if (vm->damaged.code) {
-    *refused = vm->damaged;
-    return -EIO;
-  }
   return 0;
 }
 
@@ -976,10 +976,13 @@ vr_vm_hello (struct vr_vm *vm, const char *disk, const struct vr_hello *hello,
   struct vr_vm_member *m;
   int err;
 
-  *refused = (struct vr_refused){ 0 };
-  err = check_hello (vm, disk, hello, refused);
+  err = vr_hello_check (hello, vm->name, disk, refused);
   if (err < 0)
     return err;
+  if (vm->damaged.code) {
+    *refused = vm->damaged;
+    return -EIO;
+  }
   /* Serialises hellos too, so nobody else adds this member meanwhile. */
   pthread_rwlock_wrlock (&vm->use);
   m = vr_vm_find (vm, disk);

@@ -104,6 +104,11 @@ void vr_status_empty (const char *vm, const char *disk,
                       const struct vr_refused *refused,
                       struct vr_status *ret);
 
+/* What can be said of a hello without looking at what is there: 0, or a
+   refusal. */
+int vr_hello_check (const struct vr_hello *hello, const char *vm,
+                    const char *disk, struct vr_refused *refused);
+
 /* A writer introduces itself for VM/DISK.  opaque is passed to keep_waiting.
    On success *ret is the member.  A refusal gives a negative errno, with the
    reason in *refused. */

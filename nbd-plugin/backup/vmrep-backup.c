@@ -608,15 +608,23 @@ take_hello (struct handle *h, const void *buf, uint32_t count)
   pthread_mutex_lock (&h->mutex);
   m = h->member;
   pthread_mutex_unlock (&h->mutex);
-  if (m && hello.mode == VR_HELLO_COPIED
-      && vr_block_ok (&hello, VR_HELLO_MAGIC)) {
+  err = vr_hello_check (&hello, h->vm_name, h->disk, &why);
+  if (err < 0)
+    return refused (h, err, &why);
+  if (m && hello.mode == VR_HELLO_COPIED) {
     err = vr_vm_copied (m, h->session);
     return err < 0 ? plugin_errno (err) : 0;
   }
-  if (h->vm == NULL && vr_block_ok (&hello, VR_HELLO_MAGIC))
-    h->vm = find_vm (h->vm_name, true);
   if (h->vm == NULL)
-    return plugin_errno (-EIO);
+    h->vm = find_vm (h->vm_name, hello.mode == VR_HELLO_CREATE);
+  if (h->vm == NULL) {
+    why.code = hello.mode == VR_HELLO_CREATE ? VR_REFUSED_IO
+                                             : VR_REFUSED_HISTORY;
+    snprintf (why.text, sizeof why.text, "%s",
+              why.code == VR_REFUSED_IO ? "the VM cannot be created here"
+                                        : "there is no log to resume here");
+    return refused (h, why.code == VR_REFUSED_IO ? -EIO : -EPERM, &why);
+  }
   err = vr_vm_hello (h->vm, h->disk, &hello, &m, &why);
   if (err < 0)
     return refused (h, err, &why);
