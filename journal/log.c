@@ -968,19 +968,30 @@ rewind_seals_locked (struct vr_log *log, uint64_t lsn)
   log->open_epoch = log->sealed_epoch;
 }
 
-/* The log may go on in a new segment; then nothing is written over what lies
-   at lsn.  Left as it was it would still be valid there, and lead recovery
+/* The log may go on in a new segment, or not at all; then nothing is written
+   over what lies at lsn, or over a segment that follows from there, up to the
+   old head.  Left as they were they would still be valid, and lead recovery
    astray.  The caller is the writer; durable with the next sync, before which
    no commit depends on it. */
 static int
-erase_record (struct vr_log *log, struct vr_segbuf *s, uint64_t lsn)
+erase_behind (struct vr_log *log, struct vr_segbuf *s, uint64_t lsn,
+              uint64_t head)
 {
+  static const _Alignas (VR_BLOCK) uint8_t zeros[VR_BLOCK];
   uint64_t in_segment = lsn % log->segment_size;
   uint64_t block = align_down (in_segment, VR_BLOCK);
+  uint64_t next = align_up (lsn, log->segment_size);
+  int err = 0;
 
-  memset (s->data + in_segment, 0, block + VR_BLOCK - in_segment);
-  return vr_write (log->file, s->data + block, VR_BLOCK,
-                   slot_offset (log, s->number) + block);
+  if (s) {
+    memset (s->data + in_segment, 0, block + VR_BLOCK - in_segment);
+    err = vr_write (log->file, s->data + block, VR_BLOCK,
+                    slot_offset (log, s->number) + block);
+  }
+  if (err == 0 && next < head)
+    err = vr_write (log->file, zeros, VR_BLOCK,
+                    slot_offset (log, segment_number (log, next)));
+  return err;
 }
 
 /* Have the log end at lsn, in segment s (NULL: at a segment's start), whose
@@ -989,6 +1000,7 @@ static int
 truncate_locked (struct vr_log *log, struct vr_segbuf *s, uint64_t lsn,
                  uint64_t chain)
 {
+  uint64_t head = log->head;
   int err = 0;
 
   drop_behind_locked (log, lsn);
@@ -997,16 +1009,16 @@ truncate_locked (struct vr_log *log, struct vr_segbuf *s, uint64_t lsn,
   log->head = lsn;
   log->head_chain = chain;
   rewind_seals_locked (log, lsn);
-  if (s == NULL)
-    return 0;
-  s->used = lsn;
-  log->tip = s;
-  if (!s->cached)
-    err = vr_segbuf_cache_locked (log, s);
+  if (s) {
+    s->used = lsn;
+    log->tip = s;
+    if (!s->cached)
+      err = vr_segbuf_cache_locked (log, s);
+  }
   if (err == 0) {
     log->writer_busy = true;
     pthread_mutex_unlock (&log->mutex);
-    err = erase_record (log, s, lsn);
+    err = erase_behind (log, s, lsn, head);
     pthread_mutex_lock (&log->mutex);
     log->writer_busy = false;
     pthread_cond_broadcast (&log->changed);
