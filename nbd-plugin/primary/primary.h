@@ -43,6 +43,7 @@ struct primary {
   struct primary_config config;
   struct vr_disk *disk;
   struct vr_log *log; /* the disk's */
+  bool journal_created; /* by this start */
   struct vr_epoch *epoch;
   struct vr_member *slot; /* own progress, for vmrep status */
 

@@ -352,6 +352,7 @@ open_disk (struct primary *p)
     dc.create = true;
     err = vr_disk_open (vr_io_real (), &dc, &p->disk, message,
                         sizeof message);
+    p->journal_created = err == 0;
   }
   if (err < 0) {
     nbdkit_error ("%s", message[0] ? message : strerror (-err));
@@ -404,15 +405,22 @@ vmrep_get_ready (void)
 
   p->started_ns = vr_now_ns (vr_io_real ());
   if (open_disk (p) < 0 || join_epoch (p) < 0 || check_flush_mode (p) < 0)
-    return -1;
+    goto err;
   if (p->config.backup && primary_probe (p) < 0)
-    return -1;
+    goto err;
   err = vr_disk_start (p->disk, p->epoch);
   if (err < 0) {
     nbdkit_error ("journal %s: %s", p->config.journal, strerror (-err));
-    return -1;
+    goto err;
   }
   return 0;
+
+ err:
+  /* Left behind it would stand in the way of the next try, with another
+     name or size. */
+  if (p->journal_created)
+    unlink (p->config.journal);
+  return -1;
 }
 
 /* nbdkit may have forked: locks came along, but the pid is another, and
