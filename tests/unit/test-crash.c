@@ -146,7 +146,7 @@ settle_last_op (struct history *h, const uint8_t *disk, uint64_t end)
 /* ---- The world ---------------------------------------------------------- */
 
 struct disk {
-  char name[8];
+  char name[16];
   struct vr_io *io;
   struct vr_disk *d; /* NULL: its process is dead */
   struct history h;
