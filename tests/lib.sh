@@ -15,7 +15,8 @@
 #
 # The script runs from the top of the source tree.  $BUILD is the build under
 # test, as an absolute path.  Whatever start_bg started and what tmpdir made is
-# gone when the script ends, however it ends.
+# gone when the script ends, however it ends; a function at_exit, if there is
+# one, is called in between.
 set -euE
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -164,6 +165,7 @@ cleanup () {
   for name in "${!bg_pid[@]}"; do
     stop_bg "$name" >/dev/null 2>&1
   done
+  ! declare -F at_exit >/dev/null || at_exit
   for name in "${!bg_log[@]}"; do
     ! complaints "${bg_log[$name]}" >/dev/null || [ $rc -ne 0 ] || rc=1
   done

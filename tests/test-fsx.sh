@@ -12,11 +12,8 @@ tmpdir
 seed=${VR_SEED:-$(( $(od -An -N3 -tu4 /dev/urandom) ))}
 echo "VR_SEED=$seed"
 loop=
-drop_loop () { [ -z "$loop" ] || losetup -d "$loop"; }
-trap 'stop_all; drop_loop; cleanup' EXIT
-stop_all () {
-  local name
-  for name in "${!bg_pid[@]}"; do stop_bg "$name" >/dev/null 2>&1 || :; done
+at_exit () {
+  [ -z "$loop" ] || losetup -d "$loop"
 }
 
 primary_uri="nbd+unix:///?socket=$tmp/sock"
