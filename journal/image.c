@@ -93,7 +93,7 @@ vr_image_init (struct vr_image *img, struct vr_log *log, struct vr_file *base,
     .base = base,
     .size = info.super.disk_size,
     .primary = primary,
-    /* The applied mark may lie inside an epoch; be careful. */
+    /* Only what the superblock says is committed was ever applied. */
     .applied_through = info.super.committed_epoch,
     .applied_epoch = info.super.applied_epoch,
   };
@@ -249,7 +249,8 @@ redo (struct vr_image *img, const struct vr_mark *from, uint64_t to,
     err = unindex_batch (img, end->lsn);
   vr_log_scan_release (img->log, &held);
   if (err == 0) {
-    img->applied_through = c.last_epoch;
+    if (img->applied_through < c.last_epoch)
+      img->applied_through = c.last_epoch;
     if (c.sealed_epoch)
       img->applied_epoch = c.sealed_epoch;
     vr_log_set_applied (img->log, end, img->applied_epoch);
@@ -283,7 +284,9 @@ vr_image_apply (struct vr_image *img, uint64_t max_bytes, uint64_t *ret_bytes)
   pthread_mutex_lock (&img->apply_mutex);
   vr_log_info (img->log, &info);
   vr_log_applied_mark (img->log, &from);
-  err = vr_log_recorded_commit (img->log, from.lsn, &to);
+  err = img->failed;
+  if (err == 0)
+    err = vr_log_recorded_commit (img->log, from.lsn, &to);
   if (err == 0 && to > from.lsn && !held_up (img, &info)) {
     err = redo (img, &from, to, max_bytes, &end);
     if (err == 0) {
@@ -309,8 +312,10 @@ vr_image_checkpoint (struct vr_image *img)
   epoch = img->applied_epoch;
   bytes = img->dirty_bytes;
   pthread_mutex_unlock (&img->apply_mutex);
-  if (mark.lsn != tail.lsn) {
-    err = vr_sync (img->base);
+  err = img->failed;
+  if (err == 0 && mark.lsn != tail.lsn) {
+    /* Never tried again: a second one would say that all is well. */
+    err = img->failed = vr_sync (img->base);
     pass_readers (img);
     if (err == 0)
       err = vr_log_recycle (img->log, &mark, epoch);
@@ -351,7 +356,7 @@ vr_image_read_through (struct vr_image *img, const struct vr_map *map,
 {
   uint64_t end = offset + n;
   uint8_t *to = buf;
-  int err = 0;
+  int err = img->failed;
 
   while (err == 0 && offset < end) {
     struct vr_extent e = piece_at (map, mutex, offset, end);

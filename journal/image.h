@@ -37,7 +37,9 @@ struct vr_image {
   struct vr_map *index; /* primary only */
 
   pthread_mutex_t apply_mutex; /* one apply, checkpoint or view change */
-  uint64_t applied_through;    /* epoch of the last applied record */
+  _Atomic int failed; /* a sync of base failed: it is unknown what is in it,
+                         so nothing is read from or added to it any more */
+  uint64_t applied_through;    /* no record of a later epoch is in base */
   uint64_t applied_epoch;      /* last epoch applied whole */
   _Atomic uint64_t dirty_bytes; /* applied since the last checkpoint */
   pthread_mutex_t checkpoint_mutex; /* before apply_mutex */
@@ -58,7 +60,8 @@ int vr_image_apply (struct vr_image *img, uint64_t max_bytes,
                     uint64_t *ret_bytes);
 
 /* Sync the base image and free the log before the applied mark.  Applying
-   goes on meanwhile. */
+   goes on meanwhile.  After a failure the log keeps everything for the next
+   start, and all of apply, checkpoint and reading give that error. */
 int vr_image_checkpoint (struct vr_image *img);
 
 /* Read through a map of places in the log onto the base image.  mutex (may

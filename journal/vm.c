@@ -614,7 +614,7 @@ vr_hello_check (const struct vr_hello *h, const char *vm, const char *disk,
       || strcmp (h->vm, vm) != 0 || strcmp (h->disk, disk) != 0
       || memchr (h->node, 0, sizeof h->node) == NULL || h->session == 0
       || h->lsn >= VR_LSN_MAX || h->disk_size == 0
-      || h->disk_size >= VR_LSN_MAX
+      || h->disk_size >= VR_LSN_MAX || h->generation >= VR_EPOCH_MAX
       || memcmp (h->reserved, zeros, sizeof zeros) != 0
       || h->mode < VR_HELLO_CREATE || h->mode > VR_HELLO_COPIED)
     return refuse (refused, VR_REFUSED_FORMAT, -EINVAL,
