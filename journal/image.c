@@ -315,7 +315,8 @@ vr_image_checkpoint (struct vr_image *img)
   err = img->failed;
   if (err == 0 && mark.lsn != tail.lsn) {
     /* Never tried again: a second one would say that all is well. */
-    err = img->failed = vr_sync (img->base);
+    err = vr_sync (img->base);
+    img->failed = err;
     pass_readers (img);
     if (err == 0)
       err = vr_log_recycle (img->log, &mark, epoch);
