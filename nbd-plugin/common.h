@@ -16,6 +16,10 @@
  * purpose and not as nbdkit's EINVAL. */
 int plugin_errno (int err);
 
+/* For .load: keep the memory of this process in proportion to what is
+   allocated. */
+void plugin_bound_memory (void);
+
 /* Has this client gone, or is the server shutting down?  For threads that
    serve a connection. */
 bool plugin_should_stop (void);

@@ -687,6 +687,7 @@ static struct nbdkit_plugin plugin = {
   .version = VMREP_VERSION,
   .description = "Keeps the logs of protected VMs and applies committed "
                  "epochs to their images.",
+  .load = plugin_bound_memory,
   .config = vmrep_backup_config,
   .config_complete = vmrep_backup_config_complete,
   .config_help = vmrep_backup_config_help,

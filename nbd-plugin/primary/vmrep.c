@@ -864,6 +864,7 @@ static struct nbdkit_plugin plugin = {
   .version = VMREP_VERSION,
   .description = "Serves a disk image, journals its writes by epoch and "
                  "replicates them to nbdkit vmrep-backup.",
+  .load = plugin_bound_memory,
   .config = vmrep_config,
   .config_complete = vmrep_config_complete,
   .config_help = vmrep_config_help,
