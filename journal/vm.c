@@ -1211,7 +1211,7 @@ vr_vm_apply (struct vr_vm *vm, uint64_t max_bytes, uint64_t *ret_bytes)
 
   *ret_bytes = 0;
   pthread_rwlock_rdlock (&vm->use);
-  err = harden (vm);
+  err = vm->damaged.code ? -EIO : harden (vm);
   for (size_t i = 0; (m = member_at (vm, i)) != NULL && err == 0; i++) {
     uint64_t n = 0;
 
@@ -1237,9 +1237,10 @@ int
 vr_vm_checkpoint (struct vr_vm *vm, uint64_t min_bytes)
 {
   struct vr_vm_member *m;
-  int err = 0;
+  int err;
 
   pthread_rwlock_rdlock (&vm->use);
+  err = vm->damaged.code ? -EIO : 0;
   for (size_t i = 0; (m = member_at (vm, i)) != NULL && err == 0; i++)
     if (m->img.dirty_bytes >= min_bytes || journal_needs_space (m))
       err = vr_image_checkpoint (&m->img);

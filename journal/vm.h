@@ -138,7 +138,7 @@ uint64_t vr_vm_wait_committed (struct vr_vm *vm, uint64_t epoch,
                                uint64_t timeout_ns);
 
 /* Apply what is committed on every member, at most max_bytes each.
-   *ret_bytes: of all. */
+   *ret_bytes: of all.  -EIO if the VM is damaged. */
 int vr_vm_apply (struct vr_vm *vm, uint64_t max_bytes, uint64_t *ret_bytes);
 
 /* Sync images and recycle logs where at least min_bytes or a good part of the
