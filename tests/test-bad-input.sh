@@ -19,11 +19,14 @@ good=(primary="$image" backup=none vm=vm journal-size=8M)
 # All files but the epoch counter, which is no record of anything; of those
 # that a running server may write only the names.
 contents () {
-  local what=(sha256sum {} +)
-  [ ${#bg_pid[@]} -eq 0 ] || what=(echo {} +)
-  (cd "$tmp" && find . -type f ! -name '*.log' ! -name '*.pid' ! -name said \
-    ! -name '*.epoch' ! -name epoch \
-    -exec "${what[@]}" | sort -k2)
+  local files
+  mapfile -t files < <(find "$tmp" -type f ! -name '*.log' ! -name '*.pid' \
+    ! -name said ! -name '*.epoch' ! -name epoch | sort)
+  if [ ${#bg_pid[@]} -gt 0 ]; then
+    echo "${files[@]}"
+  else
+    sha256sum "${files[@]}"
+  fi
 }
 
 # start NAME ARG…: serves on $tmp/NAME.sock.
