@@ -264,7 +264,7 @@ held_up (struct vr_image *img, const struct vr_log_info *info)
 {
   if (img->views == 0)
     return false;
-  if (info->used < info->capacity / 2)
+  if (info->head - info->applied < info->capacity / 2)
     return true;
   img->view_round++;
   img->views = 0;

@@ -73,8 +73,9 @@ int vr_image_read_through (struct vr_image *img, const struct vr_map *map,
 /* ---- Views -------------------------------------------------------------- */
 
 /* The disk exactly as it was at the end of one epoch.  While a view is open
- * the base image stands still and the log grows; when the log is half full,
- * views are given up and reading them fails with -ESTALE. */
+ * the base image stands still and the log grows; when half of the journal
+ * waits to be applied, views are given up and reading them fails with
+ * -ESTALE. */
 struct vr_view {
   struct vr_image *img;
   uint64_t epoch;

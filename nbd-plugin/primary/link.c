@@ -59,13 +59,14 @@ link_poll (struct link *l, int event_fd, int timeout_ms)
   else if ((dir & LIBNBD_AIO_DIRECTION_WRITE)
            && (fds[0].revents & (POLLOUT | POLLHUP)))
     r = nbd_aio_notify_write (l->nbd);
-  else if (fds[0].revents & (POLLERR | POLLNVAL)) {
+  if (r < 0)
+    return link_error (l, "connection lost");
+  if ((fds[0].revents & (POLLERR | POLLNVAL))
+      || nbd_aio_is_dead (l->nbd) > 0 || nbd_aio_is_closed (l->nbd) > 0) {
     l->err = -ECONNRESET;
-    snprintf (l->error, sizeof l->error, "connection lost");
+    snprintf (l->error, sizeof l->error, "the connection was closed");
     return l->err;
   }
-  if (r < 0 || nbd_aio_is_dead (l->nbd) > 0 || nbd_aio_is_closed (l->nbd) > 0)
-    return link_error (l, "connection lost");
   return 0;
 }
 
