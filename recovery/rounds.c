@@ -39,7 +39,7 @@ fail (struct round *r, int err, const char *who, const char *why)
 
 /* Both at once; whoever has an error text is to blame. */
 static int
-wait_both (struct round *r, struct client c[SIDES], int timeout_ms)
+wait_both (struct round *r, struct client *c, int timeout_ms)
 {
   struct client *both[SIDES] = { &c[PRIMARY], &c[BACKUP] };
   int err;
@@ -160,7 +160,7 @@ round_end (struct round *r)
 
 /* Ask both for the view of r->epoch, and wait for both answers. */
 static int
-go_both (struct round *r, struct client c[SIDES], const char *suffix)
+go_both (struct round *r, struct client *c, const char *suffix)
 {
   char export[2 * VR_NAME_SIZE + 32];
   int err;
@@ -179,7 +179,7 @@ go_both (struct round *r, struct client c[SIDES], const char *suffix)
 }
 
 static int
-connect_both (struct round *r, struct client c[SIDES])
+connect_both (struct round *r, struct client *c)
 {
   for (int i = 0; i < SIDES; i++) {
     int err = client_connect (&c[i], r->uri[i]);
@@ -191,7 +191,7 @@ connect_both (struct round *r, struct client c[SIDES])
 }
 
 static void
-close_both (struct client c[SIDES])
+close_both (struct client *c)
 {
   for (int i = 0; i < SIDES; i++)
     if (c[i].nbd)
@@ -304,7 +304,7 @@ round_close (struct round *r)
 /* ---- Reading ------------------------------------------------------------ */
 
 static int
-finish_reads (struct round *r, struct client c[SIDES])
+finish_reads (struct round *r, struct client *c)
 {
   int err = wait_both (r, c, READ_MS);
 
@@ -315,7 +315,7 @@ finish_reads (struct round *r, struct client c[SIDES])
 }
 
 static int
-begin_read (struct round *r, struct client c[SIDES], int side, uint8_t *buf,
+begin_read (struct round *r, struct client *c, int side, uint8_t *buf,
             size_t n, uint64_t offset)
 {
   int err = client_begin_read (&c[side], buf, n, offset);

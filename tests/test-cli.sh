@@ -361,7 +361,7 @@ kill_bg px py
 dd if=/dev/urandom of="$tmp/big.img" bs=1M count=300 status=none
 nbdkit_vmrep big -U "$tmp/big.sock" primary="$tmp/big.img" vm=big \
   journal-size=8M backup="nbd+unix:///?socket=$tmp/b3.sock"
-wait_for 10 test -s "$tmp/b3/big/disk0.journal" || fail 'no copy began'
+wait_for 10 test -s "$tmp/b3/big/epoch" || fail 'no copy began'
 kill_bg big b3
 status "$tmp/b3"
 json '[.vms[] | [.vm, .disks[0].state]] ==
