@@ -376,12 +376,14 @@ vr_log_commit (struct vr_log *log, uint64_t epoch)
 
   pthread_mutex_lock (&log->mutex);
   err = log->failed;
-  while (err == 0 && n < log->seal_count && log->seals[n].epoch <= epoch)
+  /* A disk that joined a VM late still sends seals of committed epochs, while
+     others commit: those count once they are durable. */
+  while (err == 0 && n < log->seal_count && log->seals[n].epoch <= epoch
+         && log->seals[n].lsn <= log->durable)
     n++;
   if (n > 0) {
     const struct vr_seal *s = &log->seals[n - 1];
 
-    assert (s->lsn <= log->durable);
     log->super.committed_epoch = s->epoch;
     log->super.committed_lsn = s->lsn;
     log->super.committed_chain = s->chain;
