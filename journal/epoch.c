@@ -504,6 +504,12 @@ vr_epoch_cut (struct vr_epoch *e, uint64_t n, uint64_t now_ns)
 }
 
 void
+vr_epoch_raise_generation (struct vr_epoch *e, uint64_t n)
+{
+  raise_to (&e->page->generation, n);
+}
+
+void
 vr_epoch_request_cut (struct vr_epoch *e, uint64_t n)
 {
   if (raise_to (&e->page->cut_request, n))

@@ -153,6 +153,9 @@ uint64_t vr_epoch_current (struct vr_epoch *e);
 /* Raise the open epoch to at least n. */
 void vr_epoch_raise (struct vr_epoch *e, uint64_t n);
 
+/* Raise the generation shown to at least n. */
+void vr_epoch_raise_generation (struct vr_epoch *e, uint64_t n);
+
 /* Cut: N becomes N+1 if the open epoch is still n.  False if somebody was
    faster.  now_ns is CLOCK_BOOTTIME. */
 bool vr_epoch_cut (struct vr_epoch *e, uint64_t n, uint64_t now_ns);

@@ -23,35 +23,39 @@
 #define CHECKPOINT_SHARE 3
 #define CHECKPOINT_IDLE_NS UINT64_C (1000000000)
 
+/* Redo can be tried again: a full file system may have room later, and until
+   then the journal keeps everything. */
+#define RETRY_MS 500
+
 static void
-say_error (struct primary *p, int err)
+say_error (struct primary *p, const char *what, int err)
 {
-  atomic_store (&p->slot->state, VR_STATE_FAILED);
-  nbdkit_error ("%s: applying committed epochs: %s; the journal keeps them",
-                p->config.image, strerror (-err));
+  nbdkit_error ("%s: %s: %s; the journal keeps the committed epochs",
+                p->config.image, what, strerror (-err));
 }
 
 void *
 primary_applier (void *opaque)
 {
   struct primary *p = opaque;
-  int err = 0;
+  int err = 0, said = 0;
 
   pthread_setname_np (pthread_self (), "vmrep-apply");
-  while (err == 0 && !atomic_load (&p->stopping)) {
+  while (!atomic_load (&p->stopping)) {
     uint64_t n = 0;
 
     event_wait (p->apply_event, 200);
     if (!atomic_load (&p->stopping))
-      event_wait (-1, GATHER_MS);
+      event_wait (-1, err < 0 ? RETRY_MS : GATHER_MS);
     do {
       err = vr_image_apply (&p->disk->img, BATCH_BYTES, &n);
       if (n > 0)
         atomic_store (&p->applied_ns, vr_now_ns (p->disk->io));
     } while (err == 0 && n >= BATCH_BYTES && !atomic_load (&p->stopping));
+    if (err < 0 && err != said)
+      say_error (p, "applying", err);
+    said = err;
   }
-  if (err < 0)
-    say_error (p, err);
   return NULL;
 }
 
@@ -80,7 +84,11 @@ primary_syncer (void *opaque)
     if (checkpoint_due (p))
       err = vr_image_checkpoint (&p->disk->img);
   }
-  if (err < 0)
-    say_error (p, err);
+  /* A sync that failed is not tried again: what the image holds is unknown.
+     The next start applies everything anew from the journal. */
+  if (err < 0) {
+    atomic_store (&p->slot->state, VR_STATE_FAILED);
+    say_error (p, "syncing the image", err);
+  }
   return NULL;
 }

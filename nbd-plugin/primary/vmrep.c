@@ -362,8 +362,11 @@ open_disk (struct primary *p)
   p->disk->keep_waiting = keep_waiting;
   p->disk->opaque = p;
   vr_log_info (p->log, &info);
-  return p->epoch ? 0
-                  : open_epoch (p, info.super.vm_id, info.super.epoch_limit);
+  if (p->epoch == NULL)
+    err = open_epoch (p, info.super.vm_id, info.super.epoch_limit);
+  if (err == 0)
+    vr_epoch_raise_generation (p->epoch, info.super.generation);
+  return err;
 }
 
 static int
