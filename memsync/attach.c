@@ -41,22 +41,32 @@
 
 /* ---- The detour --------------------------------------------------------- */
 
-/* 128 bytes below the stack pointer belong to whoever runs there (the ABI's
-   red zone).  A system call preserves all registers but rax, rcx and r11. */
+/* The stack on arrival, below the 128 bytes under the stack pointer that
+   belong to whoever runs there (the ABI's red zone). */
+struct frame {
+  uint64_t number, argument[3]; /* of the system call */
+  uint64_t rax, back;           /* to return with, and to */
+};
+
+#define RED_ZONE 128
+#define FRAME_WORDS (sizeof (struct frame) / 8)
+
+/* A system call preserves all registers but rax, rcx and r11.  The return
+   takes the frame and the red zone off the stack in one instruction: a signal
+   may come between any two, and overwrites what is under the stack pointer. */
 __asm__ (".pushsection .rodata\n"
          ".balign 8\n"
          "vr_detour:\n"
-         "  lea -128(%rsp), %rsp\n"
          "  pushfq\n"
          "  push %rdi\n"
          "  push %rsi\n"
          "  push %rdx\n"
          "  push %rcx\n"
          "  push %r11\n"
-         "  mov vr_detour_slots(%rip), %rax\n"
-         "  mov vr_detour_slots+8(%rip), %rdi\n"
-         "  mov vr_detour_slots+16(%rip), %rsi\n"
-         "  mov vr_detour_slots+24(%rip), %rdx\n"
+         "  mov 48(%rsp), %rax\n" /* frame.number */
+         "  mov 56(%rsp), %rdi\n"
+         "  mov 64(%rsp), %rsi\n"
+         "  mov 72(%rsp), %rdx\n"
          "  syscall\n"
          "vr_detour_done:\n"
          "  mov %rax, %rdi\n"
@@ -68,33 +78,26 @@ __asm__ (".pushsection .rodata\n"
          "  pop %rsi\n"
          "  pop %rdi\n"
          "  popfq\n"
-         "  lea 128(%rsp), %rsp\n"
-         "  mov vr_detour_slots+32(%rip), %rax\n"
-         "  jmp *vr_detour_slots+40(%rip)\n"
-         ".balign 8\n"
-         "vr_detour_slots:\n"
-         "  .quad 0, 0, 0, 0, 0, 0\n"
-         ".org vr_detour + 128\n" /* an error if it is longer */
+         "  mov 32(%rsp), %rax\n" /* frame.rax */
+         "  lea 40(%rsp), %rsp\n" /* to frame.back */
+         "  ret $128\n"
+         ".org vr_detour + 80\n" /* an error if it is longer */
          ".popsection\n");
 
 extern const uint8_t vr_detour[] __attribute__ ((visibility ("hidden")));
 extern const uint8_t vr_detour_done[] __attribute__ ((visibility ("hidden")));
-extern const uint8_t vr_detour_slots[] __attribute__ ((visibility ("hidden")));
 
-#define DETOUR_ROOM 128 /* bytes, as in the .org above */
-#define DETOUR_WORDS (DETOUR_ROOM / 8)
-
-struct slots {
-  uint64_t number, argument[3]; /* of the system call */
-  uint64_t rax, back;           /* to return with, and to */
-};
+#define DETOUR_SIZE 80 /* bytes, as in the .org above */
+#define DETOUR_WORDS (DETOUR_SIZE / 8)
 
 struct job {
   pid_t pid;
   uint64_t number, argument[3];
   int pidfd;
   uint64_t detour; /* its address in the process */
-  uint64_t back;   /* where it leads to */
+  bool is_there;   /* as somebody left it */
+  uint64_t back;   /* where it leads to, */
+  uint64_t rsp;    /* and the stack pointer there */
   uint64_t deadline_ns;
 
   bool seized;
@@ -132,7 +135,7 @@ find_vdso_end (pid_t pid, uint64_t *ret)
     unsigned long start, end;
 
     if (strstr (line, "[vdso]") && sscanf (line, "%lx-%lx", &start, &end) == 2
-        && end - start >= DETOUR_ROOM) {
+        && end - start >= DETOUR_SIZE) {
       *ret = end;
       err = 0;
     }
@@ -141,46 +144,68 @@ find_vdso_end (pid_t pid, uint64_t *ret)
   return err;
 }
 
-/* Only zeros, or a detour, or as much of one as somebody wrote, or has not yet
-   wiped out, before he was killed.  It is written forwards and wiped out
-   backwards: what is left is its beginning. */
-static bool
-is_free (const uint8_t *room)
+/* How many bytes of the room are the beginning of the detour, the others being
+   zeros; -1 if there is something else.  It is written forwards and wiped out
+   backwards, so this is what is left by who was killed meanwhile. */
+static int
+find_beginning (const uint8_t *room)
 {
-  const size_t code = (size_t) (vr_detour_slots - vr_detour);
-  size_t n = 0;
+  int n = 0;
 
-  while (n < code && room[n] == vr_detour[n])
+  while (n < DETOUR_SIZE && room[n] == vr_detour[n])
     n++;
-  if (n == code)
-    return true;
-  while (n < DETOUR_ROOM && room[n] == 0)
-    n++;
-  return n == DETOUR_ROOM;
+  for (int i = n; i < DETOUR_SIZE; i++)
+    if (room[i] != 0)
+      return -1;
+  return n;
 }
 
 static int
 find_room (struct job *j)
 {
-  uint8_t room[DETOUR_ROOM];
+  uint8_t room[DETOUR_SIZE];
   struct iovec here = { room, sizeof room }, there = { NULL, sizeof room };
   uint64_t end = 0;
-  int err = find_vdso_end (j->pid, &end);
+  int n, err = find_vdso_end (j->pid, &end);
 
   if (err < 0)
     return vr_problem (j->problem, err, "process %d: finding its vDSO: %s",
                        (int) j->pid, strerror (-err));
-  j->detour = end - DETOUR_ROOM;
+  j->detour = end - DETOUR_SIZE;
   there.iov_base = (void *) (uintptr_t) j->detour;
   if (process_vm_readv (j->pid, &here, 1, &there, 1, 0) != sizeof room) {
     err = errno ? -errno : -EIO;
     return vr_problem (j->problem, err, "process %d: reading its memory: %s",
                        (int) j->pid, strerror (-err));
   }
-  if (!is_free (room))
+  n = find_beginning (room);
+  if (n < 0)
     return vr_problem (j->problem, -ENOSPC,
                        "process %d: no room behind the vDSO's code",
                        (int) j->pid);
+  j->is_there = n == DETOUR_SIZE;
+  return 0;
+}
+
+/* The detour returns to where no call came from. */
+static int
+check_shadow_stack (struct job *j)
+{
+  char path[64], line[512];
+  bool found = false;
+  FILE *f;
+
+  snprintf (path, sizeof path, "/proc/%d/status", (int) j->pid);
+  f = fopen (path, "re");
+  if (!f)
+    return vr_problem (j->problem, -errno, "%s: %s", path, strerror (errno));
+  while (fgets (line, sizeof line, f))
+    found |= strncmp (line, "x86_Thread_features:", 20) == 0
+             && strstr (line, "shstk");
+  fclose (f);
+  if (found)
+    return vr_problem (j->problem, -EOPNOTSUPP,
+                       "process %d uses a shadow stack", (int) j->pid);
   return 0;
 }
 
@@ -319,63 +344,70 @@ run_syscall (struct job *j, int64_t *ret)
 /* With what and where it goes on: where it was, or at the system call that the
    stop interrupted. */
 static void
-fill_return (const struct user_regs_struct *regs, struct slots *s)
+fill_return (const struct user_regs_struct *regs, struct frame *f)
 {
   const int64_t rax = (int64_t) regs->rax;
 
-  s->rax = regs->rax;
-  s->back = regs->rip;
+  f->rax = regs->rax;
+  f->back = regs->rip;
   if ((int64_t) regs->orig_rax < 0)
     return;
   if (rax == -ERESTARTSYS || rax == -ERESTARTNOINTR || rax == -ERESTARTNOHAND)
-    s->rax = regs->orig_rax;
+    f->rax = regs->orig_rax;
   else if (rax == -ERESTART_RESTARTBLOCK)
-    s->rax = SYS_restart_syscall;
+    f->rax = SYS_restart_syscall;
   else
     return;
-  s->back = regs->rip - SYSCALL_SIZE;
+  f->back = regs->rip - SYSCALL_SIZE;
 }
 
 static int
-write_word (struct job *j, unsigned i, uint64_t word)
+poke (struct job *j, uint64_t address, uint64_t word)
 {
-  if (ptrace (PTRACE_POKETEXT, j->pid, (void *) (j->detour + i * 8),
-              (void *) word)
-      == -1)
-    return trace_failed (j, "writing behind its vDSO");
+  if (ptrace (PTRACE_POKETEXT, j->pid, (void *) address, (void *) word) == -1)
+    return trace_failed (j, "writing to its memory");
   return 0;
 }
 
+/* Code that is there is left alone: somebody's detour may not be over yet, as
+   when he was killed and the thread is in a signal handler now. */
 static int
-write_detour (struct job *j, const struct user_regs_struct *regs)
+write_detour (struct job *j)
 {
   uint64_t words[DETOUR_WORDS];
   int err = 0;
-  struct slots s = {
-    .number = j->number,
-    .argument = { j->argument[0], j->argument[1], j->argument[2] },
-  };
 
-  _Static_assert (sizeof s == 48, "as many slots as the detour has");
-  fill_return (regs, &s);
   memcpy (words, vr_detour, sizeof words);
-  memcpy ((uint8_t *) words + (vr_detour_slots - vr_detour), &s, sizeof s);
-  j->back = s.back;
-  for (unsigned i = 0; i < DETOUR_WORDS && err == 0; i++)
-    err = write_word (j, i, words[i]);
+  for (unsigned i = 0; i < DETOUR_WORDS && err == 0 && !j->is_there; i++)
+    err = poke (j, j->detour + i * 8, words[i]);
   return err;
 }
 
-static bool
-is_on_detour (const struct job *j, const struct user_regs_struct *regs)
+static int
+write_frame (struct job *j, const struct user_regs_struct *regs,
+             uint64_t address)
 {
-  return regs->rip - j->detour < DETOUR_ROOM;
+  struct frame f = {
+    .number = j->number,
+    .argument = { j->argument[0], j->argument[1], j->argument[2] },
+  };
+  uint64_t words[FRAME_WORDS];
+  int err = 0;
+
+  fill_return (regs, &f);
+  j->back = f.back;
+  j->rsp = regs->rsp;
+  memcpy (words, &f, sizeof words);
+  for (unsigned i = 0; i < FRAME_WORDS && err == 0; i++)
+    err = poke (j, address + i * 8, words[i]);
+  return err;
 }
 
 static int
 start_detour (struct job *j)
 {
   struct user_regs_struct regs;
+  uint64_t frame;
   int err;
 
   if (ptrace (PTRACE_GETREGS, j->pid, NULL, &regs) == -1)
@@ -383,13 +415,14 @@ start_detour (struct job *j)
   if (regs.cs != USER_CS64)
     return vr_problem (j->problem, -EOPNOTSUPP,
                        "process %d is not a 64-bit process", (int) j->pid);
-  if (is_on_detour (j, &regs)) /* an attach that was killed a moment ago */
-    return vr_problem (j->problem, -EAGAIN, "process %d: try again",
-                       (int) j->pid);
-  err = write_detour (j, &regs);
+  frame = regs.rsp - RED_ZONE - sizeof (struct frame);
+  err = write_detour (j);
+  if (err == 0)
+    err = write_frame (j, &regs, frame);
   if (err < 0)
     return err;
   regs.rip = j->detour;
+  regs.rsp = frame;
   /* The detour restarts the system call, so the kernel must not. */
   regs.orig_rax = UINT64_MAX;
   if (ptrace (PTRACE_SETREGS, j->pid, NULL, &regs) == -1)
@@ -411,19 +444,29 @@ take_descriptor (struct job *j, int64_t result)
   return j->fd == -1 ? trace_failed (j, "fetching the descriptor") : 0;
 }
 
-/* Wipe the detour out, if the thread is back where it was, or in the system
-   call there.  Anywhere else it may be in a signal handler that returns to the
-   detour.  What fails here leaves no more than bytes that nobody sees. */
+/* Is the thread back where it was, or in the system call there?  Elsewhere it
+   may be in a signal handler that returns to the detour. */
+static bool
+is_back (const struct job *j, const struct user_regs_struct *regs)
+{
+  return regs->rsp == j->rsp
+         && (regs->rip == j->back || regs->rip == j->back + SYSCALL_SIZE);
+}
+
+/* Wipe the detour out, if nobody needs it.  What fails here leaves no more
+   than bytes that nobody sees. */
 static void
 clean_up (struct job *j)
 {
   struct user_regs_struct regs;
 
+  if (j->is_there)
+    return;
   if (resume (j, PTRACE_CONT, 0) == 0 && interrupt (j) == 0
       && ptrace (PTRACE_GETREGS, j->pid, NULL, &regs) == 0
-      && (regs.rip == j->back || regs.rip == j->back + SYSCALL_SIZE))
+      && is_back (j, &regs))
     for (unsigned i = DETOUR_WORDS; i > 0; i--)
-      write_word (j, i - 1, 0);
+      poke (j, j->detour + (i - 1) * 8, 0);
 }
 
 static int
@@ -510,6 +553,8 @@ attach (struct job *j, int *ret, struct vr_attach_times *times)
   if (j->pidfd == -1)
     return trace_failed (j, "opening it");
   err = find_room (j);
+  if (err == 0)
+    err = check_shadow_stack (j);
   if (err == 0)
     err = run_thread (j);
   close (j->pidfd);

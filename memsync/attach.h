@@ -14,10 +14,13 @@
  * it is.  So the detour is code that needs no tracer: it saves the registers,
  * runs the system call, closes the descriptor, restores the registers and
  * goes back.  It is written behind the end of the vDSO's code, into the zeros
- * of its last page, before one PTRACE_SETREGS moves only the instruction
- * pointer.  Before that, nothing has changed that anyone can see; behind it,
- * the thread finds its way home by itself.  While we live we stop it between
- * the two system calls, and take our copy of the descriptor.
+ * of its last page, and what it works with below the thread's stack; then one
+ * PTRACE_SETREGS moves instruction and stack pointer there.  Before that,
+ * nothing has changed that anyone can see; behind it, the thread finds its way
+ * home by itself, through signal handlers too.  While we live we stop it
+ * between the two system calls, and take our copy of the descriptor; then the
+ * code is wiped out.  It stays behind, for the next one to use, only if we are
+ * killed.
  *
  * (The usual way, to set all registers to those of a system call and set them
  * back, crashes the process if the tracer dies in between.  Nor may a tracer
@@ -51,6 +54,7 @@ struct vr_attach_times {
 /* Run userfaultfd (O_CLOEXEC | O_NONBLOCK) in process pid.  *ret becomes our
    descriptor, the only one.  times may be NULL.
 
+   -EOPNOTSUPP: a 32-bit process, or one with a shadow stack.
    -EPERM: the process may not call it (see vm.unprivileged_userfaultfd; the
    next function helps), or we may not trace it; -EBUSY: it is being traced
    (by a debugger?) or stopped by a signal; -ETIMEDOUT: its main thread did
