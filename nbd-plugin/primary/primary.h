@@ -95,6 +95,10 @@ int primary_probe (struct primary *p);
 /* Everything up to epoch is committed. */
 void primary_committed (struct primary *p, uint64_t epoch);
 
+/* Wait a moment for a commit.  mutex held.  0, or -ESHUTDOWN when stopping or
+   fenced. */
+int primary_wait_step (struct primary *p);
+
 /* Wait until epoch is committed; -ESHUTDOWN when stopping or fenced. */
 int primary_wait_committed (struct primary *p, uint64_t epoch);
 

@@ -110,21 +110,27 @@ primary_committed (struct primary *p, uint64_t epoch)
 }
 
 int
+primary_wait_step (struct primary *p)
+{
+  struct timespec t;
+
+  clock_gettime (CLOCK_MONOTONIC, &t);
+  t.tv_nsec += 50000000;
+  t.tv_sec += t.tv_nsec / 1000000000;
+  t.tv_nsec %= 1000000000;
+  pthread_cond_timedwait (&p->committed_changed, &p->mutex, &t);
+  return atomic_load (&p->stopping) || atomic_load (&p->fenced) ? -ESHUTDOWN
+                                                                : 0;
+}
+
+int
 primary_wait_committed (struct primary *p, uint64_t epoch)
 {
   int err = 0;
 
   pthread_mutex_lock (&p->mutex);
   while (p->committed_epoch < epoch && err == 0) {
-    struct timespec t;
-
-    clock_gettime (CLOCK_MONOTONIC, &t);
-    t.tv_nsec += 100000000;
-    t.tv_sec += t.tv_nsec / 1000000000;
-    t.tv_nsec %= 1000000000;
-    pthread_cond_timedwait (&p->committed_changed, &p->mutex, &t);
-    if (atomic_load (&p->stopping) || atomic_load (&p->fenced))
-      err = -ESHUTDOWN;
+    err = primary_wait_step (p);
   }
   pthread_mutex_unlock (&p->mutex);
   return err;

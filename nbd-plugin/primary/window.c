@@ -14,11 +14,6 @@
  */
 #include "primary.h"
 
-#include <errno.h>
-#include <time.h>
-
-#include "common.h"
-
 #define WINDOW_MIN (UINT64_C (2) << 20)
 #define WINDOW_MAX (UINT64_C (48) << 20)
 #define WINDOW_START (UINT64_C (16) << 20)
@@ -73,17 +68,8 @@ window_enter (struct primary *p)
   if (is_open (p))
     return 0;
   pthread_mutex_lock (&p->mutex);
-  while (err == 0 && !is_open (p)) {
-    struct timespec t;
-
-    clock_gettime (CLOCK_MONOTONIC, &t);
-    t.tv_nsec += 50000000;
-    t.tv_sec += t.tv_nsec / 1000000000;
-    t.tv_nsec %= 1000000000;
-    pthread_cond_timedwait (&p->committed_changed, &p->mutex, &t);
-    if (atomic_load (&p->stopping) || atomic_load (&p->fenced))
-      err = -ESHUTDOWN;
-  }
+  while (err == 0 && !is_open (p))
+    err = primary_wait_step (p);
   pthread_mutex_unlock (&p->mutex);
   return err;
 }
