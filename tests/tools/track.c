@@ -95,6 +95,18 @@ open_guest (struct guest *g, const char *pid, const char *qmp)
 }
 
 static void
+close_guest (struct guest *g)
+{
+  for (unsigned i = 0; i < g->ram.count && g->image; i++)
+    free (g->image[i]);
+  free (g->image);
+  free (g->pages);
+  vr_encoder_free (g->encoder);
+  vr_ram_free (&g->ram);
+  vr_qmp_close (g->qmp);
+}
+
+static void
 find_ram (struct guest *g)
 {
   struct vr_problem problem;
@@ -104,7 +116,7 @@ find_ram (struct guest *g)
     die ("%s", problem.text);
 }
 
-static void
+static int
 list (const struct guest *g)
 {
   for (unsigned i = 0; i < g->ram.count; i++) {
@@ -114,6 +126,7 @@ list (const struct guest *g)
             b->address, b->address == 0 ? "rom" : b->shared ? "shared"
                                                             : "private");
   }
+  return 0;
 }
 
 static void
@@ -442,29 +455,35 @@ refuse (const struct guest *g)
   return 0;
 }
 
+static int
+run (struct guest *g, const char *what, int argc, char *argv[])
+{
+  if (strcmp (what, "refuse") == 0)
+    return refuse (g);
+  find_ram (g);
+  if (strcmp (what, "list") == 0)
+    return list (g);
+  if (strcmp (what, "check") == 0 && argc > 5)
+    return check (g, (unsigned) atoi (argv[4]), (unsigned) atoi (argv[5]),
+                  argc > 6);
+  if (strcmp (what, "die") == 0 && argc > 5)
+    return die_often (g, argv[4], (unsigned) atoi (argv[5]));
+  die ("see the head of tests/tools/track.c");
+}
+
 int
 main (int argc, char *argv[])
 {
-  const char *what = argc > 1 ? argv[1] : "";
   struct guest g;
+  int status;
 
   setvbuf (stdout, NULL, _IOLBF, 0);
-  if (strcmp (what, "probe") == 0)
+  if (argc > 1 && strcmp (argv[1], "probe") == 0)
     return probe ();
   if (argc <= 3)
     die ("see the head of tests/tools/track.c");
   open_guest (&g, argv[2], argv[3]);
-  if (strcmp (what, "refuse") == 0)
-    return refuse (&g);
-  find_ram (&g);
-  if (strcmp (what, "list") == 0)
-    list (&g);
-  else if (strcmp (what, "check") == 0 && argc > 5)
-    return check (&g, (unsigned) atoi (argv[4]), (unsigned) atoi (argv[5]),
-                  argc > 6);
-  else if (strcmp (what, "die") == 0 && argc > 5)
-    return die_often (&g, argv[4], (unsigned) atoi (argv[5]));
-  else
-    die ("see the head of tests/tools/track.c");
-  return 0;
+  status = run (&g, argv[1], argc, argv);
+  close_guest (&g);
+  return status;
 }

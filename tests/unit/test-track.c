@@ -149,7 +149,8 @@ stop_process (struct process *p)
 
 enum kind { UFFD, UFFD_RUNS, SOFT_DIRTY };
 
-/* -EOPNOTSUPP and -EPERM: not here; *problem says why. */
+/* -EOPNOTSUPP, -EPERM and -ENOSYS (valgrind, which does not know the system
+   calls): not here; *problem says why. */
 static int
 open_tracker (struct process *p, enum kind kind, struct vr_tracker **ret,
               struct vr_problem *problem)
@@ -179,7 +180,7 @@ open_or_skip (struct process *p, enum kind kind)
   struct vr_tracker *t = NULL;
   const int err = open_tracker (p, kind, &t, &problem);
 
-  if (err == -EOPNOTSUPP || err == -EPERM) {
+  if (err == -EOPNOTSUPP || err == -EPERM || err == -ENOSYS) {
     print_message ("skipped: %s\n", problem.text);
     stop_process (p);
     skip ();
