@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 /* memsync/ram.h: what QEMU prints is understood, or refused.  (That blocks are
-   found in a real QEMU is shown by tests/test-track.sh.) */
+   found in a real QEMU is shown by tests/test-memory-tracking.sh.) */
 #include "util.h"
 
 #include "memsync/delta.h"
