@@ -132,6 +132,8 @@ kill_one_primary () {
   kills=$(( kills + 1 ))
   pause 60
   look_after_backup
+  # The other disk goes on, but nothing can be committed without this one.
+  ask "still $uri"
   restart_primary "$i"
 }
 

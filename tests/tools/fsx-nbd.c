@@ -5,11 +5,12 @@
  *
  * Reads, writes, zeros, trims, fast zeros, cache, flushes and extents of 1
  * byte to 256 KiB anywhere on the export, over two connections that take
- * turns: what one has acknowledged the other must see.  MODEL-FILE is what
- * the export must hold; it is made from the export if it does not exist, and
- * at the end the export is flushed and the model written, so that another run
- * can go on after the server was restarted.  ALIGN makes all offsets and sizes
- * multiples of it.  Exit status 1 and a message if anything differs.
+ * turns or write over each other: what one has acknowledged the other must
+ * see.  MODEL-FILE is what the export must hold; it is made from the export if
+ * it does not exist, and at the end the export is flushed and the model
+ * written, so that another run can go on after the server was restarted.
+ * ALIGN makes all offsets and sizes multiples of it.  Exit status 1 and a
+ * message if anything differs.
  */
 #include <errno.h>
 #include <inttypes.h>
@@ -21,7 +22,13 @@
 
 #include <libnbd.h>
 
-enum { CONNS = 2, LENGTH_MAX = 256 << 10, CHECK_EVERY = 500 };
+enum {
+  CONNS = 2,
+  LENGTH_MAX = 256 << 10,
+  CHECK_EVERY = 500,
+  RACES = 12, /* pairs in flight, of so many bytes each */
+  RACE_LENGTH = 1024,
+};
 
 static struct nbd_handle *conn[CONNS];
 static uint8_t *model;
@@ -172,6 +179,47 @@ do_two_writes (void)
       die ("two writes");
 }
 
+/* Pairs of writes in flight over each other: either may win, but from then on
+   it has won, here and at the backup. */
+static void
+do_races (void)
+{
+  static uint8_t bytes[2][RACES * RACE_LENGTH], got[RACES * RACE_LENGTH];
+  uint64_t n = RACES * RACE_LENGTH, offset;
+  int64_t cookie[2][RACES];
+
+  if (size < n)
+    return;
+  offset = draw (size - n + 1);
+  offset -= offset % align;
+  for (size_t c = 0; c < 2; c++)
+    for (uint64_t i = 0; i < n; i++)
+      bytes[c][i] = (uint8_t) draw (256);
+  for (uint64_t i = 0; i < RACES; i++)
+    for (size_t c = 0; c < 2; c++) {
+      cookie[c][i] = nbd_aio_pwrite (conn[c], bytes[c] + i * RACE_LENGTH,
+                                     RACE_LENGTH, offset + i * RACE_LENGTH,
+                                     NBD_NULL_COMPLETION, 0);
+      if (cookie[c][i] < 0)
+        die ("race");
+    }
+  for (size_t c = 0; c < 2; c++)
+    for (uint64_t i = 0; i < RACES; i++)
+      while (!nbd_aio_command_completed (conn[c], (uint64_t) cookie[c][i]))
+        if (nbd_poll (conn[c], -1) < 0)
+          die ("race");
+  if (nbd_pread (any (), got, n, offset, 0) < 0)
+    die ("read");
+  for (uint64_t i = 0; i < n; i++)
+    if (got[i] != bytes[0][i] && got[i] != bytes[1][i]) {
+      fprintf (stderr, "fsx-nbd: operation %lu: byte %" PRIu64 " is %02x, of "
+                       "neither write\n",
+               step, offset + i, got[i]);
+      exit (1);
+    }
+  memcpy (model + offset, got, n);
+}
+
 static void
 do_zero (void)
 {
@@ -262,7 +310,7 @@ do_something (void)
 {
   static void (*const todo[]) (void)
     = { do_read,  do_read,  do_read,  do_write,      do_write,
-        do_write, do_write, do_write, do_two_writes, do_zero,
+        do_write, do_races, do_races, do_two_writes, do_zero,
         do_zero,  do_trim,  do_trim,  do_extents,    do_cache };
 
   if (draw (40) == 0)
