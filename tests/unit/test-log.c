@@ -504,6 +504,34 @@ test_late_seal (void **state)
   end_rig (&r);
 }
 
+/* Epochs that a superblock claimed too late are not used again. */
+static void
+test_late_claim (void **state)
+{
+  struct rig r = new_rig (*state, 12, 16384, 8);
+  uint64_t epoch, lsn;
+
+  append (&r, VR_WRITE, 100);
+  vr_epoch_raise (r.epoch, 10000);
+  append (&r, VR_WRITE, 100);
+  epoch = r.entry[1].epoch;
+  assert_int_equal (epoch, 10000);
+  assert_int_equal (vr_log_sync (r.log, vr_log_head (r.log)), 0);
+  reopen (&r, false);
+  assert_true (vr_epoch_current (r.epoch) > epoch);
+  append (&r, VR_WRITE, 100);
+  assert_true (r.entry[2].epoch > epoch);
+  /* With the last record a seal, it is not sealed once more. */
+  lsn = seal (&r);
+  epoch = r.entry[2].epoch;
+  vr_log_close (r.log);
+  r.log = open_log (r.e->io, in_dir (r.e, "log"), 2);
+  assert_int_equal (vr_log_start_primary (r.log, r.epoch), 0);
+  append (&r, VR_WRITE, 100);
+  assert_true (r.entry[3].epoch > epoch && r.entry[3].lsn >= lsn);
+  end_rig (&r);
+}
+
 /* A seal that a write put in is still one to be synced. */
 static void
 test_seal_by_write (void **state)
@@ -1395,6 +1423,36 @@ test_power_loss (void **state)
   }
 }
 
+/* What a restart found is not put at risk by what comes next, even if the
+   block it ends in would be turned into garbage. */
+static void
+test_restart_spares_block (void **state)
+{
+  static const struct vr_sim_crash garbage = { 0, 256, true };
+  struct env *e = *state;
+  struct rig r = new_rig (e, 800, 16384, 8);
+  size_t found;
+
+  for (int i = 0; i < 5; i++)
+    append (&r, VR_WRITE, 1500);
+  assert_int_equal (vr_log_write_out (r.log, 0), 0);
+  vr_log_close (r.log);
+  vr_io_sim_kill (e->io);
+  r.log = open_log (e->io, in_dir (e, "log"), 2);
+  while (r.entry[r.count - 1].end > vr_log_head (r.log))
+    r.count--;
+  found = r.count;
+  assert_true (found >= 2 && r.entry[found - 1].end % VR_BLOCK != 0);
+  vr_io_sim_die_at (e->io, vr_io_sim_steps (e->io) + 2);
+  assert_int_equal (vr_log_start_primary (r.log, r.epoch), -ESHUTDOWN);
+  vr_log_close (r.log);
+  vr_io_sim_crash (e->io, &garbage);
+  r.log = NULL;
+  reopen (&r, true);
+  assert_true (r.count >= found);
+  end_rig (&r);
+}
+
 /* ---- Threads ------------------------------------------------------------ */
 
 enum { THREADS = 8, FLUSHES = 60 };
@@ -1491,6 +1549,7 @@ main (void)
     ON_SIM (test_geometry),
     ON_SIM (test_pieces),
     ON_SIM (test_late_seal),
+    ON_SIM (test_late_claim),
     ON_SIM (test_seal_by_write),
     ON_SIM (test_in_flight),
     ON_SIM (test_dead_log),
@@ -1505,6 +1564,7 @@ main (void)
     ON_SIM (test_every_length),
     ON_SIM (test_swapped_slots),
     ON_SIM (test_power_loss),
+    ON_SIM (test_restart_spares_block),
   };
   const int failed_real
       = cmocka_run_group_tests_name ("real", real_tests, NULL, NULL);

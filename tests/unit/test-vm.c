@@ -802,6 +802,45 @@ test_resume_drops_seal (void **state)
   end_rig (r);
 }
 
+/* A seal may be cut off on which the commit rests, when its log has nothing to
+   lose by it; the commit stays. */
+static void
+test_resume_keeps_commit (void **state)
+{
+  struct rig *r = new_rig (state, 2);
+  struct disk *a = &r->disk[0], *b = &r->disk[1];
+  struct vr_ship_plan plan;
+  struct vr_refused refused;
+  struct vr_status s;
+  struct vr_hello h;
+  uint64_t epoch;
+
+  protect (r, a);
+  protect (r, b);
+  seal (a);
+  ship (a);
+  epoch = cut (r);
+  seal (b);
+  ship (b);
+  cut (r);
+  seal (a); /* of a later epoch than b's, with nothing in between */
+  ship (a);
+  s = status_of (r, "disk0");
+  assert_int_equal (s.committed_epoch, epoch);
+  assert_true (s.committed_lsn < s.next_lsn);
+  disconnect (a);
+  h = make_hello (r, a, &plan);
+  h.lsn = s.committed_lsn;
+  h.chain = s.committed_chain;
+  vr_block_seal (&h);
+  assert_int_equal (vr_vm_hello (r->vm, "disk0", &h, &a->m, &refused), 0);
+  a->m = NULL;
+  restart_vm (r);
+  assert_int_equal (r->vm->damaged.code, 0);
+  assert_int_equal (status_of (r, "disk0").committed_epoch, epoch);
+  end_rig (r);
+}
+
 /* A disk that joins later neither holds back nor sets back. */
 static void
 test_late_member (void **state)
@@ -1068,6 +1107,7 @@ main (void)
     ON_SIM (test_out_of_order),     ON_SIM (test_sync_memory),
     ON_SIM (test_restart),          ON_SIM (test_resume_drops_tail),
     ON_SIM (test_resume_drops_seal), ON_SIM (test_late_member),
+    ON_SIM (test_resume_keeps_commit),
     ON_SIM (test_recreate),         ON_SIM (test_join_when_full),
     ON_SIM (test_promote),          ON_SIM (test_damage),
     ON_SIM (test_open_vm),
