@@ -986,11 +986,17 @@ vr_vm_hello (struct vr_vm *vm, const char *disk, const struct vr_hello *hello,
   /* Serialises hellos too, so nobody else adds this member meanwhile. */
   pthread_rwlock_wrlock (&vm->use);
   m = vr_vm_find (vm, disk);
+  /* What is committed is then behind every log's commit point, and no hello
+     can cut it off. */
+  err = vm->damaged.code ? -EIO : harden (vm);
   if (m)
     pthread_mutex_lock (&m->order);
   pthread_mutex_lock (&vm->mutex);
   *ret = m;
-  err = hello_locked (vm, disk, hello, ret, refused);
+  if (err == 0)
+    err = hello_locked (vm, disk, hello, ret, refused);
+  else
+    refuse (refused, VR_REFUSED_IO, err, "%s: %s", vm->dir, strerror (-err));
   pthread_mutex_unlock (&vm->mutex);
   if (m) {
     pthread_cond_broadcast (&m->moved);

@@ -399,6 +399,9 @@ carry_out (struct disk *d, struct vr_ship_plan *plan)
   err = vr_vm_hello (w.vm, d->name, &hello, &m, &refused);
   if (is_dead (w.backup))
     return;
+  /* With sync=memory the commit point may only now follow what was said. */
+  if (err < 0 && w.sync_memory && refused.code == VR_REFUSED_HISTORY)
+    return;
   if (err < 0)
     fail_msg ("hello refused: %s", refused.text);
   d->m = m;
