@@ -404,6 +404,20 @@ check_file_size (struct vr_log *log, struct vr_log_problem *problem)
   return err;
 }
 
+/* What a killed process wrote, the file's name too, is there but maybe only in
+   memory. */
+static int
+sync_found (struct vr_log *log)
+{
+  char *dir = directory_of (log->path);
+  int err = dir ? vr_sync (log->file) : -ENOMEM;
+
+  if (err == 0)
+    err = log->io->ops->sync_dir (log->io, dir);
+  free (dir);
+  return err;
+}
+
 int
 vr_log_open (struct vr_io *io, const char *path,
              const struct vr_log_open_options *o, struct vr_log **ret,
@@ -437,9 +451,8 @@ vr_log_open (struct vr_io *io, const char *path,
   }
   if (err == 0 && erase && !o->read_only)
     err = erase_at_head (log);
-  /* What a killed process wrote is in the file but maybe only in memory. */
   if (err == 0 && !o->read_only)
-    err = vr_sync (log->file);
+    err = sync_found (log);
   if (err < 0) {
     vr_log_close (log);
     return err;

@@ -320,6 +320,23 @@ test_create_crash (void **state)
   }
 }
 
+/* Killed before its name was durable, found, used: the name must stay. */
+static void
+test_create_kill (void **state)
+{
+  static const struct vr_sim_crash lose = { .drop = 256 };
+  struct env *e = *state;
+  const struct vr_log_config c = small_config (DISK, 8192, 4);
+  struct vr_log_problem problem;
+
+  vr_io_sim_fail (e->io, VR_SIM_NAME, 3, -EIO, false);
+  assert_int_equal (vr_log_create (e->io, "log", &c), -EIO);
+  vr_io_sim_kill (e->io);
+  vr_log_close (open_log (e->io, "log", 2));
+  vr_io_sim_crash (e->io, &lose);
+  assert_int_equal (open_log_error (e->io, "log", &problem), 0);
+}
+
 static void
 test_geometry (void **state)
 {
@@ -1546,6 +1563,7 @@ main (void)
     BOTH (ON_SIM),
     ON_SIM (test_create_no_space),
     ON_SIM (test_create_crash),
+    ON_SIM (test_create_kill),
     ON_SIM (test_geometry),
     ON_SIM (test_pieces),
     ON_SIM (test_late_seal),
