@@ -528,7 +528,8 @@ sweep_disk (struct disk *d, const uint8_t *found, const struct rules *rules,
   if (update) {
     for (size_t i = 0; i < n; i++)
       keep (&s, i, 0, 0);
-    qsort (out.op, out.count, sizeof *out.op, by_id);
+    if (out.count > 0)
+      qsort (out.op, out.count, sizeof *out.op, by_id);
     free (h->op);
     *h = out;
   }
