@@ -34,10 +34,12 @@
 /* A writer unheard of for so long has lost its place. */
 #define WRITER_TIMEOUT_NS UINT64_C (2000000000)
 
-/* Apply gathers this long and takes so much of a log at once.  An image is
-   synced when a share of the journal waits for that (journal/vm.c), or when
-   nothing came for a second. */
+/* Apply gathers this long, shorter while much comes, and takes so much of a
+   log at once.  An image is synced when a share of the journal waits for that
+   (journal/vm.c), or when nothing came for a second. */
 #define GATHER_US 20000
+#define GATHER_LONG_US 100000
+#define GATHER_MUCH (UINT64_C (1) << 20)
 #define APPLY_BYTES (UINT64_C (16) << 20)
 #define CHECKPOINT_IDLE_NS UINT64_C (1000000000)
 #define ERROR_PAUSE_US 500000
@@ -289,7 +291,7 @@ apply_thread (void *opaque)
       say_apply_error (s->vm, err);
       usleep (ERROR_PAUSE_US);
     } else if (bytes < APPLY_BYTES)
-      usleep (GATHER_US);
+      usleep (bytes < GATHER_MUCH ? GATHER_LONG_US : GATHER_US);
   }
   return NULL;
 }

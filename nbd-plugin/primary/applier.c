@@ -14,8 +14,11 @@
    that the segments are still in memory. */
 #define BATCH_BYTES (UINT64_C (16) << 20)
 
-/* Let commits gather this long before applying them. */
+/* Let commits gather before applying them: each batch has a fixed price (its
+   scan, a commit point to record).  Shorter while much comes. */
 #define GATHER_MS 20
+#define GATHER_LONG_MS 100
+#define GATHER_MUCH (UINT64_C (1) << 20)
 
 /* The image is synced and the log recycled after this share of the journal:
    late, since a block that is written again until then goes to the disk once
@@ -38,7 +41,7 @@ void *
 primary_applier (void *opaque)
 {
   struct primary *p = opaque;
-  int err = 0, said = 0;
+  int err = 0, said = 0, gather_ms = GATHER_MS;
 
   pthread_setname_np (pthread_self (), "vmrep-apply");
   while (!atomic_load (&p->stopping)) {
@@ -46,12 +49,13 @@ primary_applier (void *opaque)
 
     event_wait (p->apply_event, 200);
     if (!atomic_load (&p->stopping))
-      event_wait (-1, err < 0 ? RETRY_MS : GATHER_MS);
+      event_wait (-1, err < 0 ? RETRY_MS : gather_ms);
     do {
       err = vr_image_apply (&p->disk->img, BATCH_BYTES, &n);
       if (n > 0)
         atomic_store (&p->applied_ns, vr_now_ns (p->disk->io));
     } while (err == 0 && n >= BATCH_BYTES && !atomic_load (&p->stopping));
+    gather_ms = n < GATHER_MUCH ? GATHER_LONG_MS : GATHER_MS;
     if (err < 0 && err != said)
       say_error (p, "applying", err);
     said = err;
