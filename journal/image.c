@@ -212,18 +212,26 @@ write_batch_map (struct vr_image *img, const struct vr_scan_held *held,
   return err;
 }
 
+/* Extents taken out of the index before writers and readers get a turn. */
+#define UNINDEX_TURN 64
+
 /* The base image has these bytes now: readers need the log no more. */
 static int
 unindex_batch (struct vr_image *img, uint64_t end)
 {
   struct vr_extent e;
   uint64_t at = 0;
+  unsigned n = 0;
   int err = 0;
 
   pthread_mutex_lock (&img->index_mutex);
   while (err == 0 && vr_map_next (img->batch, at, UINT64_MAX, &e)) {
     err = vr_map_remove_older (img->index, e.offset, e.length, end);
     at = e.offset + e.length;
+    if (++n % UNINDEX_TURN == 0) {
+      pthread_mutex_unlock (&img->index_mutex);
+      pthread_mutex_lock (&img->index_mutex);
+    }
   }
   pthread_mutex_unlock (&img->index_mutex);
   return err;
