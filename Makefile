@@ -195,7 +195,13 @@ check-unit: programs
 	BUILD=$(BUILD) tests/run --unit $(PATTERN)
 
 asan-build:
-	$(MAKE) BUILD=build-asan SAN=address,undefined CFLAGS='-O1 -g' programs
+	$(MAKE) BUILD=build-asan SAN=address,undefined CFLAGS='-O1 -g' \
+	  programs build-asan/no-freelocale.so
+
+# Without the sanitizer: it is preloaded before the sanitizer's runtime is up.
+$(BUILD)/no-freelocale.so: tests/asan/no-freelocale.c
+	@mkdir -p $(@D)
+	$(CC) -D_GNU_SOURCE -O2 -fPIC -shared $(WARNINGS) -o $@ $<
 
 check-asan: asan-build
 	BUILD=build-asan ASAN=1 tests/run $(PATTERN)
