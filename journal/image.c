@@ -13,6 +13,9 @@
 #define RUN_MAX (1U << 20)
 #define IOV_BATCH 256
 
+/* Log bytes applied at once to make room for a view. */
+#define VIEW_APPLY_BYTES (UINT64_C (16) << 20)
+
 /* ---- Records into a map ------------------------------------------------- */
 
 /* Enter a record's range.  Later records win, so after a scan in log order
@@ -385,11 +388,27 @@ vr_image_read_through (struct vr_image *img, const struct vr_map *map,
 /* ---- Views -------------------------------------------------------------- */
 
 int
+vr_view_make_room (struct vr_image *img, uint64_t epoch)
+{
+  struct vr_log_info info;
+  uint64_t n = 1;
+  int err = 0;
+
+  vr_log_info (img->log, &info);
+  if (epoch && epoch < info.committed_epoch)
+    return 0;
+  while (err == 0 && n > 0 && info.head - info.applied > info.capacity / 4) {
+    err = vr_image_apply (img, VIEW_APPLY_BYTES, &n);
+    vr_log_info (img->log, &info);
+  }
+  return err;
+}
+
+int
 vr_view_open (struct vr_view *v, struct vr_image *img, uint64_t epoch)
 {
   struct vr_log_info info;
   int err = 0;
-
   pthread_mutex_lock (&img->apply_mutex);
   vr_log_info (img->log, &info);
   *v = (struct vr_view){ .img = img,

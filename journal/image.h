@@ -83,6 +83,10 @@ struct vr_view {
   struct vr_map *map; /* NULL until ready */
 };
 
+/* A view holds apply up: begin with little left to apply, so that it lasts.
+   Never applies past epoch (0: the last committed). */
+int vr_view_make_room (struct vr_image *img, uint64_t epoch);
+
 /* Start holding for epoch (0: the last committed).  -ESTALE if the base
    image has passed it. */
 int vr_view_open (struct vr_view *v, struct vr_image *img, uint64_t epoch);

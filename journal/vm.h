@@ -123,6 +123,10 @@ int vr_vm_copied (struct vr_vm_member *m, uint64_t session);
    stays one. */
 bool vr_vm_is_whole (struct vr_vm_member *m);
 
+/* With sync=memory the logs' commit points follow the VM's; bring them up to
+   it now, so that a view of the last commit is one. */
+int vr_vm_settle (struct vr_vm *vm);
+
 /* The writer is gone. */
 void vr_vm_goodbye (struct vr_vm_member *m, uint64_t session);
 

@@ -544,6 +544,17 @@ vr_vm_is_whole (struct vr_vm_member *m)
   return whole;
 }
 
+int
+vr_vm_settle (struct vr_vm *vm)
+{
+  int err;
+
+  pthread_rwlock_rdlock (&vm->use);
+  err = vr_vm_harden (vm);
+  pthread_rwlock_unlock (&vm->use);
+  return err;
+}
+
 void
 vr_vm_goodbye (struct vr_vm_member *m, uint64_t session)
 {

@@ -101,7 +101,9 @@ view_export_open (struct view_export *x, struct vr_image *img,
                   spec);
     return plugin_errno (err);
   }
-  err = vr_view_open (&x->view, img, epoch);
+  err = vr_view_make_room (img, epoch);
+  if (err == 0)
+    err = vr_view_open (&x->view, img, epoch);
   if (err == 0) {
     err = wait_ready (x);
     if (err < 0)

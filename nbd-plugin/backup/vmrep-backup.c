@@ -408,6 +408,7 @@ static int
 open_view (struct handle *h, const char *spec)
 {
   struct vr_vm_member *m;
+  int err;
 
   if (h->vm == NULL) {
     nbdkit_error ("there is no VM %s here", h->vm_name);
@@ -426,6 +427,11 @@ open_view (struct handle *h, const char *spec)
     nbdkit_error ("%s/%s: its first copy is not finished", h->vm_name,
                   h->disk);
     return plugin_errno (-EIO);
+  }
+  err = vr_vm_settle (h->vm);
+  if (err < 0) {
+    nbdkit_error ("VM %s: %s", h->vm_name, strerror (-err));
+    return plugin_errno (err);
   }
   return view_export_open (&h->view, &m->img, spec);
 }
