@@ -409,6 +409,7 @@ vr_view_open (struct vr_view *v, struct vr_image *img, uint64_t epoch)
 {
   struct vr_log_info info;
   int err = 0;
+
   pthread_mutex_lock (&img->apply_mutex);
   vr_log_info (img->log, &info);
   *v = (struct vr_view){ .img = img,
