@@ -325,12 +325,6 @@ vr_disk_read (struct vr_disk *d, void *buf, size_t n, uint64_t offset)
   return err;
 }
 
-uint64_t
-vr_disk_position (struct vr_disk *d)
-{
-  return vr_log_head (d->log);
-}
-
 int
 vr_disk_sync (struct vr_disk *d)
 {

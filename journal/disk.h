@@ -64,9 +64,6 @@ int vr_disk_read (struct vr_disk *d, void *buf, size_t n, uint64_t offset);
 /* All writes that returned before are durable in the local journal. */
 int vr_disk_sync (struct vr_disk *d);
 
-/* The LSN behind every write that returned before. */
-uint64_t vr_disk_position (struct vr_disk *d);
-
 /* What is at offset: *ret_length bytes (> 0) that are all data or, if
    *ret_zero, all read as zeros without being written anywhere. */
 int vr_disk_extent (struct vr_disk *d, uint64_t offset, uint64_t end,

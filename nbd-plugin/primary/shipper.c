@@ -129,9 +129,8 @@ primary_wait_committed (struct primary *p, uint64_t epoch)
   int err = 0;
 
   pthread_mutex_lock (&p->mutex);
-  while (p->committed_epoch < epoch && err == 0) {
+  while (p->committed_epoch < epoch && err == 0)
     err = primary_wait_step (p);
-  }
   pthread_mutex_unlock (&p->mutex);
   return err;
 }

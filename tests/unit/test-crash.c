@@ -498,14 +498,14 @@ guest_write (struct disk *d)
   if (is_dead (d->io))
     return; /* what became of it, recovery will show */
   if (err == 0) {
-    o->end = vr_disk_position (d->d);
+    o->end = vr_log_head (d->d->log);
     apply_op (o, length, d->h.now);
   } else {
     uint8_t *got = malloc (d->h.size);
 
     assert_int_equal (err, -ESHUTDOWN); /* gave up: the journal is full */
     assert_int_equal (vr_disk_read (d->d, got, d->h.size, 0), 0);
-    assert_true (settle_last_op (&d->h, got, vr_disk_position (d->d)));
+    assert_true (settle_last_op (&d->h, got, vr_log_head (d->d->log)));
     free (got);
   }
 }
